@@ -1,0 +1,67 @@
+"""Compiles the C++ kernels at install time where torch can be imported; everything else is in pyproject.toml.
+
+An isolated build sees no torch: the wheel is then pure Python, and the kernels are compiled at their first use. The
+same happens if compiling fails: an install never does. ``LBR_KERNELS_FORCE_BUILD=1`` turns both into errors.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from setuptools import setup
+
+FORCE = os.environ.get("LBR_KERNELS_FORCE_BUILD") == "1"
+
+
+def extension_module() -> ModuleType:
+    """``lbr_kernels/ops/_extension.py`` alone, without the package, which would import torch."""
+    path = Path(__file__).parent / "lbr_kernels" / "ops" / "_extension.py"
+    spec = importlib.util.spec_from_file_location("_extension", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_arguments() -> dict[str, Any]:
+    """What ``setup`` needs to compile the kernels; nothing where torch is missing."""
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        if FORCE:
+            raise RuntimeError(
+                "LBR_KERNELS_FORCE_BUILD=1, but torch cannot be imported here; install it and use --no-build-isolation"
+            ) from error
+        return {}
+
+    class OptionalBuild(BuildExtension):
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if FORCE:
+                    raise
+                self.extensions.clear()
+                print(f"lbr_kernels: not compiled now ({error}); they will be at first use", file=sys.stderr)
+
+    extension = extension_module()
+    root = Path(__file__).parent.resolve()
+    kernels = CppExtension(
+        f"lbr_kernels.{extension.extension_name()}",
+        [str(path.relative_to(root)) for path in extension.sources()],
+        extra_compile_args={"cxx": list(extension.CXX_FLAGS)},
+        py_limited_api=True,
+        optional=not FORCE,
+    )
+    return {
+        "ext_modules": [kernels],
+        "cmdclass": {"build_ext": OptionalBuild},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(**build_arguments())
