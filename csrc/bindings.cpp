@@ -1,0 +1,426 @@
+// Registers the kernels with torch, for the CPU.
+//
+// The only file here that knows torch, and it uses the stable ABI alone (target 2.10), so that one binary serves every
+// later version. The schemas are defined in Python (lbr_kernels/ops). Everything that a kernel relies on is checked
+// here, before anything is written, in the words of the Python reference; tests hold the two together.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "params.h"
+
+namespace lbr {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+const ThreadPool kTorchPool{[](int64_t count, int64_t grain, ThreadPool::Body body, void* context) {
+  if (count <= 0) return;
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}};
+
+std::string dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::Double: return "torch.float64";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    case ScalarType::Int: return "torch.int32";
+    case ScalarType::Long: return "torch.int64";
+    case ScalarType::Short: return "torch.int16";
+    case ScalarType::Char: return "torch.int8";
+    case ScalarType::Byte: return "torch.uint8";
+    case ScalarType::Bool: return "torch.bool";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
+// An axis that a shape must have: its letter, and its size where that is known (-1: anything; -2: 1 or `size`).
+struct Axis {
+  const char* name;
+  int64_t size = -1;
+  bool or_one = false;
+};
+
+// Says what is wrong in the form "op: argument has value, expected ...".
+class Checker {
+ public:
+  explicit Checker(const char* op) : op_(op) {}
+
+  template <class... Args>
+  void operator()(bool ok, const Args&... message) const {
+    if (ok) return;
+    std::ostringstream text;
+    text << op_ << ": ";
+    ((text << message), ...);
+    throw std::runtime_error(text.str());
+  }
+
+  void shape(const char* name, const Tensor& t, std::initializer_list<Axis> axes) const {
+    bool ok = t.dim() == int64_t(axes.size());
+    if (ok) {
+      int64_t i = 0;
+      for (const Axis& axis : axes) {
+        const int64_t size = t.size(i++);
+        ok &= axis.size < 0 || size == axis.size || (axis.or_one && size == 1);
+      }
+    }
+    if (ok) return;
+    std::ostringstream got, expected;
+    for (int64_t i = 0; i < t.dim(); ++i) got << (i ? ", " : "") << t.size(i);
+    bool first = true;
+    for (const Axis& axis : axes) {
+      expected << (first ? "" : ", ");
+      first = false;
+      if (axis.size < 0) {
+        expected << axis.name;
+      } else {
+        if (axis.or_one && axis.size != 1) expected << "1 or ";
+        expected << axis.size;
+      }
+    }
+    (*this)(false, name, " has shape [", got.str(), "], expected [", expected.str(), "]");
+  }
+
+  void dtype(const char* name, const Tensor& t, ScalarType type) const {
+    (*this)(t.scalar_type() == type, name, " has dtype ", dtype_name(t.scalar_type()), ", expected ", dtype_name(type));
+  }
+
+  DType floating(const char* name, const Tensor& t) const {
+    switch (t.scalar_type()) {
+      case ScalarType::Float: return DType::kFloat32;
+      case ScalarType::Half: return DType::kFloat16;
+      case ScalarType::BFloat16: return DType::kBFloat16;
+      default:
+        (*this)(false, name, " has dtype ", dtype_name(t.scalar_type()),
+                ", expected torch.float32, torch.float16 or torch.bfloat16");
+        return DType::kFloat32;
+    }
+  }
+
+  void on_cpu(const char* name, const Tensor& t) const {
+    (*this)(t.is_cpu(), name, " is not on cpu, expected all tensors on one device");
+  }
+
+  // The last axis must be contiguous; of size 0 or 1 it always is.
+  void last_contiguous(const char* name, const Tensor& t) const {
+    const int64_t last = t.dim() - 1;
+    (*this)(t.size(last) <= 1 || t.stride(last) == 1, name, " has stride ", t.stride(last),
+            " along its last axis, expected 1");
+  }
+
+  // Small integer and fp32 side inputs: right type, here, dense along the last axis.
+  template <class T>
+  const T* side_input(const char* name, const OptionalTensor& t, ScalarType type,
+                      std::initializer_list<Axis> axes) const {
+    if (!t) return nullptr;
+    on_cpu(name, *t);
+    dtype(name, *t, type);
+    shape(name, *t, axes);
+    last_contiguous(name, *t);
+    return static_cast<const T*>(t->const_data_ptr());
+  }
+
+  const CpuKernels& kernels(int64_t isa) const {
+    const CpuKernels* found = isa >= 0 && isa < int64_t(Isa::kCount) ? cpu_kernels(Isa(isa)) : nullptr;
+    (*this)(found != nullptr, "isa ", isa, " does not run on this processor");
+    return *found;
+  }
+
+ private:
+  const char* op_;
+};
+
+std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                                          const Tensor& prefix_lens, const Tensor& ancestors,
+                                          const OptionalTensor& num_nodes, std::optional<double> scale,
+                                          const OptionalTensor& depths, std::optional<int64_t> window,
+                                          std::optional<double> softcap, const OptionalTensor& sinks,
+                                          const OptionalTensor& alibi_slopes, int64_t isa) {
+  const Checker check("tree_attention");
+  TreeAttentionParams p;
+  check.on_cpu("query", query);
+  check.shape("query", query, {{"B"}, {"Hq"}, {"N"}, {"D"}});
+  p.dtype = check.floating("query", query);
+  check.last_contiguous("query", query);
+  p.batch = query.size(0), p.q_heads = query.size(1), p.num_queries = query.size(2), p.head_dim = query.size(3);
+
+  check.on_cpu("key_cache", key_cache);
+  check.shape("key_cache", key_cache, {{"B", p.batch}, {"Hk"}, {"S"}, {"D", p.head_dim}});
+  check.dtype("key_cache", key_cache, query.scalar_type());
+  check.last_contiguous("key_cache", key_cache);
+  p.kv_heads = key_cache.size(1);
+  const int64_t slots = key_cache.size(2);
+
+  check.on_cpu("value_cache", value_cache);
+  check.shape("value_cache", value_cache, {{"B", p.batch}, {"Hk", p.kv_heads}, {"S", slots}, {"Dv"}});
+  check.dtype("value_cache", value_cache, query.scalar_type());
+  check.last_contiguous("value_cache", value_cache);
+  p.value_dim = value_cache.size(3);
+
+  check(p.kv_heads > 0 && p.q_heads % p.kv_heads == 0, "query has ", p.q_heads,
+        " heads, expected a multiple of key_cache's ", p.kv_heads);
+  check(p.head_dim > 0, "query has head size ", p.head_dim, ", expected at least 1");
+
+  p.prefix_lens = check.side_input<int32_t>("prefix_lens", prefix_lens, ScalarType::Int, {{"B", p.batch}});
+  check.shape("ancestors", ancestors, {{"B", p.batch, true}, {"T"}, {"W"}});
+  p.tree_nodes = ancestors.size(1);
+  p.words = (p.tree_nodes + 63) / 64;
+  p.ancestors = check.side_input<int64_t>("ancestors", ancestors, ScalarType::Long,
+                                          {{"B", p.batch, true}, {"T", p.tree_nodes}, {"W", p.words}});
+  check(p.num_queries <= p.tree_nodes, "query has ", p.num_queries, " nodes, expected at most the tree's ",
+        p.tree_nodes);
+  p.num_nodes = check.side_input<int32_t>("num_nodes", num_nodes, ScalarType::Int, {{"B", p.batch}});
+  p.depths = check.side_input<int32_t>("depths", depths, ScalarType::Int, {{"B", p.batch, true}, {"T", p.tree_nodes}});
+  p.sinks = check.side_input<float>("sinks", sinks, ScalarType::Float, {{"Hq", p.q_heads}});
+  p.alibi_slopes = check.side_input<float>("alibi_slopes", alibi_slopes, ScalarType::Float, {{"Hq", p.q_heads}});
+  check(!window || *window >= 1, "window is ", window.value_or(0), ", expected an integer >= 1");
+  check(!softcap || *softcap > 0, "softcap is ", softcap.value_or(0), ", expected a number > 0");
+
+  const int64_t capacity = slots - p.tree_nodes;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    check(p.prefix_lens[b] >= 0 && p.prefix_lens[b] <= capacity, "prefix_lens[", b, "] is ", p.prefix_lens[b],
+          ", expected 0 <= length <= S - T = ", capacity);
+    check(!p.num_nodes || (p.num_nodes[b] >= 0 && p.num_nodes[b] <= p.num_queries), "num_nodes[", b, "] is ",
+          p.num_nodes ? p.num_nodes[b] : 0, ", expected 0 <= count <= N = ", p.num_queries);
+  }
+
+  for (int i = 0; i < 3; ++i) {
+    p.query_stride[i] = query.stride(i);
+    p.keys_stride[i] = key_cache.stride(i);
+    p.values_stride[i] = value_cache.stride(i);
+  }
+  p.ancestors_stride[0] = ancestors.size(0) == 1 ? 0 : ancestors.stride(0);
+  p.ancestors_stride[1] = ancestors.stride(1);
+  p.depths_stride = p.depths && depths->size(0) != 1 ? depths->stride(0) : 0;
+  p.scale = float(scale ? *scale : 1.0 / std::sqrt(double(p.head_dim)));
+  p.softcap = float(softcap.value_or(0));
+  p.window = window.value_or(0);
+  p.query = query.const_data_ptr();
+  p.keys = key_cache.const_data_ptr();
+  p.values = value_cache.const_data_ptr();
+
+  Tensor out = torch::stable::new_empty(query, {p.batch, p.q_heads, p.num_queries, p.value_dim});
+  Tensor lse = torch::stable::new_empty(query, {p.batch, p.q_heads, p.num_queries}, ScalarType::Float);
+  p.out = out.mutable_data_ptr();
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  check.kernels(isa).tree_attention(p, kTorchPool);
+  return {out, lse};
+}
+
+void commit_(const std::vector<Tensor>& caches, const Tensor& prefix_lens, const Tensor& sources,
+             const OptionalTensor& num_moves, int64_t advance, const OptionalTensor& row_advance, int64_t /*isa*/) {
+  const Checker check("commit_");
+  CommitParams p;
+  check.on_cpu("prefix_lens", prefix_lens);
+  check.shape("prefix_lens", prefix_lens, {{"B"}});
+  check.dtype("prefix_lens", prefix_lens, ScalarType::Int);
+  check.last_contiguous("prefix_lens", prefix_lens);
+  p.batch = prefix_lens.size(0);
+  p.sources = check.side_input<int32_t>("sources", sources, ScalarType::Int, {{"B", p.batch}, {"M"}});
+  p.max_moves = sources.size(1);
+  p.sources_stride = sources.stride(0);
+  p.num_moves = check.side_input<int32_t>("num_moves", num_moves, ScalarType::Int, {{"B", p.batch}});
+  p.advance = check.side_input<int32_t>("advance", row_advance, ScalarType::Int, {{"B", p.batch}});
+  p.advance_all = advance;
+
+  std::vector<CommitParams::Cache> parts;
+  parts.reserve(caches.size());
+  int64_t slots = -1;
+  for (size_t c = 0; c < caches.size(); ++c) {
+    const Tensor& cache = caches[c];
+    const std::string name = "caches[" + std::to_string(c) + "]";
+    check.on_cpu(name.c_str(), cache);
+    check.shape(name.c_str(), cache, {{"B", p.batch}, {"H"}, {"S"}, {"D"}});
+    check.last_contiguous(name.c_str(), cache);
+    const int64_t size = int64_t(cache.element_size());
+    parts.push_back({static_cast<char*>(cache.mutable_data_ptr()), cache.size(1), cache.size(3) * size,
+                     cache.stride(0) * size, cache.stride(1) * size, cache.stride(2) * size});
+    slots = slots < 0 || cache.size(2) < slots ? cache.size(2) : slots;
+  }
+  p.caches = parts.data();
+  p.num_caches = int64_t(parts.size());
+  p.prefix_lens = static_cast<int32_t*>(prefix_lens.mutable_data_ptr());
+
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t moves = p.num_moves ? p.num_moves[b] : p.max_moves, len = p.prefix_lens[b];
+    check(moves >= 0 && moves <= p.max_moves, "num_moves[", b, "] is ", moves,
+          ", expected 0 <= count <= M = ", p.max_moves);
+    if (moves == 0) continue;
+    const int64_t step = p.advance ? p.advance[b] : advance;
+    check(step >= 0 && step <= moves, "advance for row ", b, " is ", step,
+          ", expected 0 <= advance <= its moves = ", moves);
+    check(len >= 0, "prefix_lens[", b, "] is ", len, ", expected >= 0");
+    for (int64_t i = 0; i < moves; ++i) {
+      const int64_t source = p.sources[b * p.sources_stride + i];
+      const int64_t least = i == 0 ? 0 : p.sources[b * p.sources_stride + i - 1] + 1;
+      check(source >= least, "sources[", b, ", ", i, "] is ", source, ", expected ascending sources, here >= ", least);
+      check(slots < 0 || len + source < slots, "sources[", b, ", ", i, "] is ", source,
+            ", expected prefix_lens + source < S = ", slots, " with prefix_lens = ", len);
+    }
+  }
+  commit(p, kTorchPool);
+}
+
+void check_filters(const Checker& check, const SamplingFilters& f, int64_t row) {
+  std::string where = row < 0 ? "" : "[" + std::to_string(row) + "]";
+  check(f.temperature > 0 && f.temperature < INFINITY, "temperature", where, " is ", f.temperature,
+        ", expected a finite number > 0");
+  check(f.top_k >= 0, "top_k", where, " is ", f.top_k, ", expected an integer >= 0");
+  check(f.top_p >= 0 && f.top_p <= 1, "top_p", where, " is ", f.top_p, ", expected 0 <= top_p <= 1");
+  check(f.min_p >= 0 && f.min_p <= 1, "min_p", where, " is ", f.min_p, ", expected 0 <= min_p <= 1");
+}
+
+// Shared by sample_children (with uniforms) and top_children (with a width).
+std::tuple<Tensor, Tensor> draw_children(const Checker& check, const Tensor& logits, const OptionalTensor& uniforms,
+                                         int64_t width, double temperature, int64_t top_k, double top_p, double min_p,
+                                         const OptionalTensor& row_filters, const OptionalTensor& row_index,
+                                         int64_t isa) {
+  SampleChildrenParams p;
+  check.on_cpu("logits", logits);
+  check.shape("logits", logits, {{"R"}, {"V"}});
+  p.dtype = check.floating("logits", logits);
+  check.last_contiguous("logits", logits);
+  p.logit_rows = logits.size(0), p.vocab = logits.size(1), p.logits_stride = logits.stride(0);
+  check(p.vocab >= 1 && p.vocab <= (int64_t(1) << 22), "logits has a vocabulary of ", p.vocab,
+        ", expected 1 <= V <= 4194304");
+  p.row_index = check.side_input<int64_t>("row_index", row_index, ScalarType::Long, {{"rows"}});
+  p.rows = p.row_index ? row_index->size(0) : p.logit_rows;
+  p.uniforms = check.side_input<double>("uniforms", uniforms, ScalarType::Double, {{"rows", p.rows}, {"K"}});
+  p.width = uniforms ? uniforms->size(1) : width;
+  p.uniforms_stride = uniforms ? uniforms->stride(0) : 0;
+  check(p.width >= 1, "width is ", p.width, ", expected an integer >= 1");
+  p.filters = {temperature, top_k, top_p, min_p};
+  check_filters(check, p.filters, -1);
+  p.row_filters =
+      check.side_input<double>("row_filters", row_filters, ScalarType::Double, {{"R", p.logit_rows}, {"4", 4}});
+  if (p.row_filters) {
+    check(row_filters->is_contiguous(), "row_filters is not contiguous, expected a dense tensor");
+    for (int64_t r = 0; r < p.logit_rows; ++r) {
+      const double* f = p.row_filters + 4 * r;
+      check_filters(check, {f[0], int64_t(f[1]), f[2], f[3]}, r);
+    }
+  }
+  for (int64_t r = 0; p.row_index && r < p.rows; ++r)
+    check(p.row_index[r] >= 0 && p.row_index[r] < p.logit_rows, "row_index[", r, "] is ", p.row_index[r],
+          ", expected 0 <= index < R = ", p.logit_rows);
+  for (int64_t r = 0; p.uniforms && r < p.rows; ++r)
+    for (int64_t k = 0; k < p.width; ++k) {
+      const double u = p.uniforms[r * p.uniforms_stride + k];
+      check(u >= 0 && u < 1, "uniforms[", r, ", ", k, "] is ", u, ", expected 0 <= u < 1");
+    }
+
+  Tensor tokens = torch::stable::new_empty(logits, {p.rows, p.width}, ScalarType::Long);
+  Tensor log_probs = torch::stable::new_empty(logits, {p.rows, p.width}, ScalarType::Float);
+  std::vector<SampleChildrenParams::Status> status(p.logit_rows, SampleChildrenParams::kOk);
+  p.logits = logits.const_data_ptr();
+  p.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
+  p.log_probs = static_cast<float*>(log_probs.mutable_data_ptr());
+  p.status = status.data();
+  check.kernels(isa).sample_children(p, kTorchPool);
+  for (int64_t r = 0; r < p.logit_rows; ++r) {
+    check(status[r] != SampleChildrenParams::kNaN, "logits row ", r, " holds NaN, expected finite numbers or -inf");
+    check(status[r] != SampleChildrenParams::kInfinite, "logits row ", r,
+          " holds +inf, expected finite numbers or -inf");
+    check(status[r] != SampleChildrenParams::kAllFiltered, "logits row ", r,
+          " is -inf everywhere, expected at least one token that is not filtered out");
+  }
+  return {tokens, log_probs};
+}
+
+std::tuple<Tensor, Tensor> sample_children(const Tensor& logits, const Tensor& uniforms, double temperature,
+                                           int64_t top_k, double top_p, double min_p, const OptionalTensor& row_filters,
+                                           const OptionalTensor& row_index, int64_t isa) {
+  return draw_children(Checker("sample_children"), logits, uniforms, 0, temperature, top_k, top_p, min_p, row_filters,
+                       row_index, isa);
+}
+
+std::tuple<Tensor, Tensor> top_children(const Tensor& logits, int64_t width, double temperature, int64_t top_k,
+                                        double top_p, double min_p, const OptionalTensor& row_filters,
+                                        const OptionalTensor& row_index, int64_t isa) {
+  return draw_children(Checker("top_children"), logits, std::nullopt, width, temperature, top_k, top_p, min_p,
+                       row_filters, row_index, isa);
+}
+
+std::tuple<Tensor, Tensor> route(const Tensor& hidden, const Tensor& weights, int64_t width, int64_t depth, int64_t dim,
+                                 int64_t num_heads, int64_t ffn_dim, bool mlp_score, bool independent, bool input_norm,
+                                 double temperature, const OptionalTensor& uniforms, const OptionalTensor& valid,
+                                 const OptionalTensor& active, int64_t isa) {
+  const Checker check("route");
+  check(width >= 1, "width is ", width, ", expected an integer >= 1");
+  check(depth >= 1, "depth is ", depth, ", expected an integer >= 1");
+  int64_t nodes = 0, layer = 1;
+  for (int64_t l = 0; l < depth; ++l) nodes += layer *= width;
+
+  RouteParams p;
+  check.on_cpu("hidden", hidden);
+  check.shape("hidden", hidden, {{"B"}, {"T", nodes}, {"D"}});
+  p.dtype = check.floating("hidden", hidden);
+  check.last_contiguous("hidden", hidden);
+  p.batch = hidden.size(0), p.nodes = nodes, p.hidden_size = hidden.size(2);
+  p.width = width, p.depth = depth, p.dim = dim, p.num_heads = num_heads, p.ffn_dim = ffn_dim;
+  p.mlp_score = mlp_score, p.independent = independent, p.input_norm = input_norm;
+  check(dim >= 1 && ffn_dim >= 1 && num_heads >= 1 && dim % num_heads == 0, "dim is ", dim,
+        ", expected a multiple of num_heads = ", num_heads);
+  const int64_t encoder = 6 * dim + (3 * dim + dim) * (dim + 1) + 2 * dim * ffn_dim + ffn_dim + dim;
+  const int64_t mlp = 2 * dim * ffn_dim + ffn_dim + dim;
+  const int64_t expected = (input_norm ? 2 * p.hidden_size : 0) + p.hidden_size * dim + depth * dim + 2 * dim +
+                           2 * encoder + (independent ? mlp : encoder) + (mlp_score ? dim * (dim + 2) + 1 : dim);
+  p.weights = check.side_input<float>("weights", weights, ScalarType::Float, {{"parameters", expected}});
+  check(temperature > 0 && temperature < INFINITY, "temperature is ", temperature, ", expected a finite number > 0");
+  p.temperature = float(temperature);
+  p.uniforms = check.side_input<double>("uniforms", uniforms, ScalarType::Double, {{"B", p.batch}});
+  p.valid = check.side_input<bool>("valid", valid, ScalarType::Bool, {{"B", p.batch}, {"T", nodes}});
+  check(!p.valid || valid->is_contiguous(), "valid is not contiguous, expected a dense tensor");
+  p.active = check.side_input<bool>("active", active, ScalarType::Bool, {{"B", p.batch}});
+  p.hidden_stride[0] = hidden.stride(0), p.hidden_stride[1] = hidden.stride(1);
+
+  for (int64_t b = 0; b < p.batch; ++b) {
+    check(!p.uniforms || (p.uniforms[b] >= 0 && p.uniforms[b] < 1), "uniforms[", b, "] is ",
+          p.uniforms ? p.uniforms[b] : 0, ", expected 0 <= u < 1");
+    if (!p.valid || (p.active && !p.active[b])) continue;
+    const bool* row = p.valid + b * nodes;
+    bool any = false;
+    for (int64_t k = 0; k < width; ++k) any |= row[k];
+    check(any, "valid row ", b, " has no candidate, expected at least one in an active row");
+    for (int64_t node = width; node < nodes; ++node) {
+      if (!row[node]) continue;
+      check(row[(node - width) / width], "valid[", b, ", ", node, "] is set, expected its parent's to be set too");
+      check((node - width) % width == 0 || row[node - 1], "valid[", b, ", ", node,
+            "] is set, expected the sibling before it to be set too");
+    }
+  }
+
+  Tensor log_probs = torch::stable::new_empty(hidden, {p.batch, width}, ScalarType::Float);
+  Tensor choice = torch::stable::new_empty(hidden, {p.batch}, ScalarType::Long);
+  p.hidden = hidden.const_data_ptr();
+  p.log_probs = static_cast<float*>(log_probs.mutable_data_ptr());
+  p.choice = static_cast<int64_t*>(choice.mutable_data_ptr());
+  check.kernels(isa).route(p, kTorchPool);
+  return {log_probs, choice};
+}
+
+bool has_isa(int64_t isa) { return isa > 0 && isa < int64_t(Isa::kCount) && cpu_kernels(Isa(isa)) != nullptr; }
+
+}  // namespace
+}  // namespace lbr
+
+STABLE_TORCH_LIBRARY_IMPL(lbr_kernels, CPU, m) {
+  m.impl("tree_attention", TORCH_BOX(&lbr::tree_attention));
+  m.impl("commit_", TORCH_BOX(&lbr::commit_));
+  m.impl("sample_children", TORCH_BOX(&lbr::sample_children));
+  m.impl("top_children", TORCH_BOX(&lbr::top_children));
+  m.impl("route", TORCH_BOX(&lbr::route));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lbr_kernels, CompositeExplicitAutograd, m) { m.impl("has_isa", TORCH_BOX(&lbr::has_isa)); }

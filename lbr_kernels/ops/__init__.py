@@ -1,0 +1,37 @@
+"""The kernels: tensors in, tensors out; nothing here knows transformers.
+
+Every op has a plain PyTorch reference (``<op>_ref``) that defines it, one schema ``torch.ops.lbr_kernels.<op>``, and a
+``backend`` argument (see :func:`backends`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lbr_kernels.ops._registry import BACKENDS, OPS, unavailable
+from lbr_kernels.ops.commit import commit_, commit_ref_
+from lbr_kernels.ops.draws import keyed_uniforms
+from lbr_kernels.ops.route import RouterWeights, route, route_ref
+from lbr_kernels.ops.sample_children import sample_children, sample_children_ref, top_children, top_children_ref
+from lbr_kernels.ops.tree_attention import tree_attention, tree_attention_ref
+
+__all__ = [
+    "RouterWeights",
+    "backends",
+    "commit_",
+    "commit_ref_",
+    "keyed_uniforms",
+    "route",
+    "route_ref",
+    "sample_children",
+    "sample_children_ref",
+    "top_children",
+    "top_children_ref",
+    "tree_attention",
+    "tree_attention_ref",
+]
+
+
+def backends(device: str | torch.device = "cpu") -> dict[str, dict[str, str | None]]:
+    """For every op and backend, why it cannot run for tensors on ``device``; None where it can."""
+    return {op: {name: unavailable(name, torch.device(device)) for name in BACKENDS} for op in OPS}
