@@ -1,0 +1,1 @@
+"""Local Branch Routing on transformers models: tree, cache, attention plug-in, loop, and ``generate``."""

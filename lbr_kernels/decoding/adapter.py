@@ -1,0 +1,313 @@
+"""The bridge to a transformers causal LM: prefill, forwards of a tree, and the check that both are exact.
+
+Contract
+--------
+A forward of a tree is a plain call of the model with the tree's tokens, their positions and the tree cache, attention
+going through ``decoding.attention``. The hidden states are read where the output head receives them; a hook hands the
+head only the rows it is wanted for, so whatever follows the head (soft-cap, scale) stays exact. The model is left as
+it was found, also after an exception or an interrupt.
+
+Whether a model can be decoded this way is not a list of names: :func:`check_model` looks at its structure and then
+compares a tree of random tokens with plain forwards of every path, once per model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from lbr_kernels.decoding.attention import (
+    IMPLEMENTATION,
+    TreeForward,
+    attention_implementation,
+    prefill_implementation,
+    tree_forward,
+)
+from lbr_kernels.decoding.cache import TreeCache, layer_window
+from lbr_kernels.decoding.tree import LookaheadTree
+from lbr_kernels.ops.tree_shape import path_slots
+
+Select = Callable[[Tensor], Tensor]
+"""From the head's input ``[B, N, D]`` to the rows that the head shall see, ``[1, U, D]``."""
+
+
+class UnsupportedModelError(ValueError):
+    """A model that cannot be decoded with a tree; the message says why."""
+
+
+class ModelAdapter:
+    """One model, as the decoding loop sees it."""
+
+    def __init__(self, model: PreTrainedModel, *, backend: str | None = None) -> None:
+        head = model.get_output_embeddings()
+        if head is None:
+            raise UnsupportedModelError(f"{_name(model)} has no output head (get_output_embeddings() is None)")
+        self.model = model
+        self.head: nn.Module = head
+        self.backend = backend
+        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the head's input."""
+        weight = self.head.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[-1]
+
+    @property
+    def last_position(self) -> int | None:
+        """The last position that the model can embed; None if its positions have no end (rotary, ALiBi, none)."""
+        config = self.model.config.get_text_config(decoder=True)
+        rotary = getattr(config, "rope_parameters", None) is not None or hasattr(config, "rope_theta")
+        limit = getattr(config, "max_position_embeddings", None)
+        return None if rotary or limit is None or getattr(config, "alibi", False) else int(limit) - 1
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Forwards of trees are allowed inside; calls on one model take turns."""
+        with _lock_of(self.model), attention_implementation(self.model, IMPLEMENTATION):
+            yield
+
+    def prefill(
+        self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Cache]:
+        """Read the prompts as ``model.generate`` does; returns logits of the last position ``[B, V]`` and the cache."""
+        implementation = prefill_implementation(self.model)
+        if implementation is None:
+            outputs = self.model._prefill(input_ids, generation_config, model_kwargs)
+        else:
+            with _lock_of(self.model), attention_implementation(self.model, implementation):
+                outputs = self.model._prefill(input_ids, generation_config, model_kwargs)
+        return outputs.logits[:, -1], outputs.past_key_values
+
+    def forward_tree(
+        self, tokens: Tensor, positions: Tensor, forward: TreeForward, select: Select
+    ) -> tuple[Tensor, Tensor]:
+        """Forward a layer of nodes.
+
+        Args:
+            tokens, positions: int64 ``[B, N]``.
+            forward: the cache and the masks.
+            select: is given the nodes' hidden states ``[B, N, D]`` and says what the head shall see.
+
+        Returns:
+            The hidden states, and the head's logits after whatever the model does to them.
+        """
+        with tree_forward(forward):
+            return self._call(
+                select, input_ids=tokens, position_ids=positions, past_key_values=forward.cache, use_cache=True
+            )
+
+    def head_inputs(self, **inputs: Any) -> Tensor:
+        """The hidden states ``[B, N, D]`` of a plain forward, as the head would receive them."""
+        return self._call(lambda states: states[:, -1:], **inputs)[0]
+
+    def _call(self, select: Select, **inputs: Any) -> tuple[Tensor, Tensor]:
+        seen: list[Tensor] = []
+        caller = threading.get_ident()
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if threading.get_ident() != caller:
+                return None  # another thread's forward of the same model
+            seen.append(args[0])
+            return (select(args[0]), *args[1:])
+
+        if self._takes_logits_to_keep:
+            inputs["logits_to_keep"] = 0
+        handle = self.head.register_forward_pre_hook(hook)
+        try:
+            outputs = self.model(**inputs, return_dict=True)
+        finally:
+            handle.remove()
+        if len(seen) != 1:
+            raise UnsupportedModelError(f"{_name(self.model)} calls its output head {len(seen)} times per forward")
+        return seen[0], outputs.logits
+
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_reports: WeakKeyDictionary[nn.Module, ModelReport] = WeakKeyDictionary()
+
+
+def _lock_of(model: nn.Module) -> threading.RLock:
+    return _locks.setdefault(model, threading.RLock())
+
+
+def _name(model: nn.Module) -> str:
+    return type(model).__name__
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What the check found: None for ``reason`` if trees are exact on this model, else why it is refused."""
+
+    reason: str | None
+    tree_error: float = 0.0
+    noise: float = 0.0
+    prefix_length: int = 0
+
+
+def check_model(model: PreTrainedModel) -> ModelReport:
+    """Whether trees are exact on ``model``; computed once per model.
+
+    Structure first, then numbers: a random prefix (longer than the model's windows where that is affordable) and a
+    random tree behind it, grown, committed and grown again, against plain forwards of every path without a cache. The
+    error allowed is relative to the model's own difference between cached and fresh forwards.
+    """
+    with _lock_of(model):
+        if model not in _reports:
+            training = model.training
+            try:
+                _reports[model] = _check(model.eval())
+            finally:
+                model.train(training)
+        return _reports[model]
+
+
+def require_supported(model: PreTrainedModel) -> None:
+    """Raise :class:`UnsupportedModelError` if trees are not exact on ``model``."""
+    report = check_model(model)
+    if report.reason is not None:
+        raise UnsupportedModelError(f"generate: {_name(model)} cannot be decoded with a tree: {report.reason}")
+
+
+def _structural_reason(model: PreTrainedModel) -> str | None:
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder model; Local Branch Routing is for decoder-only models"
+    if model.get_output_embeddings() is None:
+        return "it has no output head (get_output_embeddings() is None)"
+    if getattr(model, "_is_stateful", False):
+        return "its state is recurrent and cannot be shared by the branches of a tree"
+    parameters = inspect.signature(model.forward).parameters
+    if "position_ids" not in parameters:
+        return "its forward takes no position_ids, which siblings in a tree share"
+    text_config = config.get_text_config(decoder=True)
+    if "chunked_attention" in (getattr(text_config, "layer_types", None) or ()):
+        return "its attention is chunked, which the tree kernels do not do"
+    try:
+        for layer in DynamicCache(config=text_config).layers:
+            layer_window(layer)
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+# A tree and a path of plain forwards sum in different orders; this much of a difference is never held against a model.
+# (Models of doubles compute their norms and rotations in fp32 all the same.)
+_FLOOR = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+_NOISE_FACTOR = 8
+# A model whose own cached decoding is further than this from a fresh forward is not causal.
+_MOST_NOISE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
+_WIDTH, _DEPTH = 2, 2
+
+
+@torch.no_grad()
+def _check(model: PreTrainedModel) -> ModelReport:
+    reason = _structural_reason(model)
+    if reason is not None:
+        return ModelReport(reason)
+    try:
+        return _compare(model)
+    except Exception as error:  # a model's own code can fail in any way, and each is a reason
+        return ModelReport(f"a forward of a tree failed ({type(error).__name__}: {error})")
+
+
+def _prefix_length(model: PreTrainedModel) -> int:
+    """As long as the longest window and a little more, as far as some 10^10 multiplications per row allow it."""
+    text_config = model.config.get_text_config(decoder=True)
+    windows = [layer_window(layer) or 0 for layer in DynamicCache(config=text_config).layers]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    budget = int((2e10 if model.device.type == "cpu" else 2e13) / max(parameters, 1))
+    length = min(max(12, max(windows, default=0) + 5), max(12, budget))
+    last = ModelAdapter(model).last_position
+    return length if last is None else min(length, last - _DEPTH)
+
+
+def _compare(model: PreTrainedModel) -> ModelReport:
+    adapter = ModelAdapter(model)
+    device = model.device
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    length = _prefix_length(model)
+
+    def random_tokens(count: int) -> Tensor:
+        return torch.randint(vocabulary, (1, count), generator=generator).to(device)
+
+    prefix = random_tokens(length)
+    tree = LookaheadTree(1, _WIDTH, _DEPTH, trie=False, device=device)
+    prefilled = DynamicCache(config=model.config)
+    adapter.head_inputs(input_ids=prefix, use_cache=True, past_key_values=prefilled)
+    cache = TreeCache.from_prefill(
+        prefilled, torch.tensor([length]), repeats=1, tree_nodes=tree.num_slots, max_new_tokens=2
+    )
+    hidden: dict[tuple[int, ...], Tensor] = {}
+    committed: tuple[int, ...] = ()
+    with adapter.session():
+        # Two layers, a commit, one more layer: nodes of every age, and survivors that have moved.
+        for layer in (1, 2, 2):
+            if len(hidden) == tree.num_slots:
+                committed = (int(tree.tokens[0, 1]),)
+                sources, num_moves = tree.commit(torch.ones(1, dtype=torch.int64, device=device), all_active=True)
+                cache.commit(sources, num_moves, all_rows=True, backend=None)
+            growth = tree.grow(layer, random_tokens(_WIDTH**layer))
+            cache.set_base(growth.base)
+            forward = TreeForward(cache, growth.ancestors, None, None)
+            positions = torch.full_like(growth.tokens, length + len(committed) + layer - 1)
+            states, _ = adapter.forward_tree(growth.tokens, positions, forward, lambda states: states[:, :1])
+            if mismatch := _interface_mismatch(cache, forward.windows):
+                return ModelReport(mismatch)
+            paths = tree.tokens[0, path_slots(_WIDTH, layer).flatten(0, 1)].tolist()
+            hidden |= {committed + tuple(path): states[0, slot] for slot, path in enumerate(paths)}
+
+    deepest = max(map(len, hidden))
+    padded = torch.tensor([[*path, *[0] * (deepest - len(path))] for path in hidden], device=device)
+    fresh = adapter.head_inputs(input_ids=torch.cat([prefix.expand(len(padded), -1), padded], 1), use_cache=False)
+    expected = torch.stack([fresh[row, length + len(path) - 1] for row, path in enumerate(hidden)])
+    error = _relative_error(torch.stack(list(hidden.values())), expected)
+    noise = _cached_noise(adapter, prefix, padded[:1], fresh[:1, length:])
+    allowed = max(_NOISE_FACTOR * noise, _FLOOR[fresh.dtype])
+    reason = None
+    if not noise <= _MOST_NOISE[fresh.dtype]:
+        reason = f"its own decoding with a cache differs from a fresh forward by {noise:.1e}: it is not causal"
+    elif not error <= allowed:
+        reason = (
+            f"nodes of a tree differ from plain forwards of their paths: relative error {error:.1e}, "
+            f"where {allowed:.1e} is rounding"
+        )
+    return ModelReport(reason, error, noise, length)
+
+
+def _interface_mismatch(cache: TreeCache, asked: list[int | None]) -> str | None:
+    """Every layer must come through the plug-in, with the window that its cache, and so its usual mask, goes by."""
+    windows = [layer.window for layer in cache.layers]
+    if len(asked) < len(windows):
+        return "its attention does not go through transformers' attention interface"
+    if len(asked) == len(windows) and asked != windows:
+        return f"its layers ask for sliding windows {asked}, its masks go by {windows}"
+    return None
+
+
+def _cached_noise(adapter: ModelAdapter, prefix: Tensor, path: Tensor, fresh: Tensor) -> float:
+    """How far the model's own cached decoding of a path ``[1, n]`` is from its fresh forward."""
+    cache = DynamicCache(config=adapter.model.config)
+    adapter.head_inputs(input_ids=prefix, use_cache=True, past_key_values=cache)
+    states = [
+        adapter.head_inputs(input_ids=token, use_cache=True, past_key_values=cache) for token in path.split(1, dim=1)
+    ]
+    return _relative_error(torch.cat(states, dim=1), fresh)
+
+
+def _relative_error(states: Tensor, expected: Tensor) -> float:
+    """The largest relative error of a node, in the Euclidean norm."""
+    states, expected = states.double(), expected.double()
+    return float(((states - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max())

@@ -1,0 +1,45 @@
+"""What a Local Branch Routing call can be told, beyond what ``model.generate`` takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LBRConfig:
+    """The settings of :func:`lbr_kernels.generate`, as one object.
+
+    Args:
+        width: K, children per node.
+        depth: L, layers of the tree; a router is made for one depth.
+        router_temperature: tau of the routing softmax.
+        router_do_sample: draw the choice (the paper) or take the most likely candidate; by default as ``do_sample``.
+        candidate_min_p: with ``do_sample=False`` a candidate must be at least this many times as likely as the best
+            one, else its place stays empty.
+        trie: forward each distinct path once instead of every slot of the full tree. The text is the same. By default
+            on for CPUs, where nodes cost time, and off on GPUs, where fixed shapes matter more.
+        backend: the ops' backend, see ``lbr_kernels.ops.backends()``; by default the best that runs.
+    """
+
+    width: int = 3
+    depth: int = 1
+    router_temperature: float = 1.0
+    router_do_sample: bool | None = None
+    candidate_min_p: float = 0.05
+    trie: bool | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"generate: {name} is {value!r}, expected an integer >= 1")
+        if not 0 < self.router_temperature < math.inf:
+            raise ValueError(
+                f"generate: router_temperature is {self.router_temperature!r}, expected a finite number > 0"
+            )
+        if not 0 <= self.candidate_min_p <= 1:
+            raise ValueError(
+                f"generate: candidate_min_p is {self.candidate_min_p!r}, expected 0 <= candidate_min_p <= 1"
+            )

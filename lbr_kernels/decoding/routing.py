@@ -1,0 +1,99 @@
+"""One interface for whatever decides: a trained router, a function, or nothing (uniform)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lbr_kernels import ops
+from lbr_kernels.router import Router
+
+RouterLike = Router | str | Path | Callable[[Tensor, Tensor], Tensor]
+"""A :class:`Router`, a directory or Hub id, or a function of ``(hidden [B, T, D], valid [B, T])`` to scores ``[B, K]``.
+
+Slots stand in level order. Scores of candidates that do not exist are ignored; softmax and temperature come after.
+"""
+
+
+class Routing:
+    """Decides which candidate each row commits."""
+
+    def __init__(
+        self,
+        router: RouterLike | None,
+        *,
+        width: int,
+        depth: int,
+        hidden_size: int,
+        temperature: float,
+        device: torch.device,
+        backend: str | None,
+    ) -> None:
+        self.width, self.depth, self.temperature, self.backend = width, depth, temperature, backend
+        if isinstance(router, (str, Path)):
+            router = Router.from_pretrained(router)
+        self.router = router
+        self.weights: ops.RouterWeights | None = None
+        if isinstance(router, Router):
+            for name, made_for, here in (
+                ("hidden size", router.config.hidden_size, hidden_size),
+                ("depth", router.config.depth, depth),
+            ):
+                if made_for != here:
+                    raise ValueError(f"generate: router was made for {name} {made_for}, this call has {name} {here}")
+            weights = router.packed()
+            self.weights = weights._replace(data=weights.data.to(device))
+        elif router is not None and not callable(router):
+            raise TypeError(
+                f"generate: router is a {type(router).__name__}, "
+                "expected a Router, a path or Hub id, a callable or None"
+            )
+
+    @property
+    def module(self) -> nn.Module | None:
+        """What a trajectory's fingerprint is taken of."""
+        return self.router if isinstance(self.router, nn.Module) else None
+
+    @property
+    def needs_hidden(self) -> bool:
+        return self.router is not None
+
+    def choose(
+        self, hidden: Tensor | None, valid: Tensor, active: Tensor, uniforms: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities ``[B, K]`` and choices ``[B]`` (-1 where not active); argmax without uniforms."""
+        if self.weights is not None:
+            assert hidden is not None
+            return ops.route(
+                hidden if hidden.dtype != torch.float64 else hidden.float(), self.weights,
+                width=self.width, depth=self.depth, temperature=self.temperature,
+                uniforms=uniforms, valid=valid, active=active, backend=self.backend,
+            )  # fmt: skip
+        exists = valid[:, : self.width]
+        scores = torch.zeros(exists.shape, device=exists.device)
+        if self.router is not None:
+            assert hidden is not None
+            assert callable(self.router)
+            scores = self.router(hidden, valid)
+            if scores.shape != exists.shape:
+                raise ValueError(
+                    f"generate: router returned shape {list(scores.shape)}, expected [B, K] = {list(exists.shape)}"
+                )
+            scores = scores.float() / self.temperature
+        scores = scores.masked_fill(~exists, -torch.inf)
+        log_probs = torch.where(active[:, None], scores, 0).log_softmax(-1)
+        return log_probs, torch.where(active, _draw(log_probs, uniforms), -1)
+
+
+def _draw(log_probs: Tensor, uniforms: Tensor | None) -> Tensor:
+    """The first candidate whose running probability exceeds the uniform number; the argmax without one."""
+    if uniforms is None:
+        return log_probs.argmax(-1)
+    probability = log_probs.double().exp()
+    running = probability.cumsum(-1)
+    # Clamped to the last candidate of positive probability, should rounding leave a rest.
+    last = torch.where(probability > 0, torch.arange(log_probs.shape[1], device=log_probs.device), -1).amax(-1)
+    return torch.minimum((running <= uniforms[:, None]).sum(-1), last)
