@@ -1,0 +1,27 @@
+"""Fixtures: memory that is poisoned when it is fresh, and a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import transformers
+from models import tiny_llama
+from transformers import PreTrainedModel
+
+transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """torch fills uninitialised tensors with NaN (or the largest integer) in deterministic mode."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def llama() -> PreTrainedModel:
+    return tiny_llama()

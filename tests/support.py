@@ -1,0 +1,61 @@
+"""What several test files share: backends that run here, the error budget, trees, and poison."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lbr_kernels import ops
+
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
+    for name, reason in ops.backends("cpu")["tree_attention"].items()
+]
+KERNELS = [param for param in BACKENDS if param.values[0] not in ("reference", "cpu")]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def assert_within_budget(actual: Tensor, oracle: Tensor, plain: Tensor, what: str = "", *, roundings: int = 2) -> None:
+    """``actual`` may be twice as far from the fp64 oracle as plain PyTorch in the same dtype, and some roundings more.
+
+    Where few numbers are compared plain PyTorch can be near the oracle by luck; ``roundings`` makes up for it.
+    """
+    assert oracle.dtype == torch.float64
+    assert actual.shape == oracle.shape
+    assert torch.isfinite(actual).all(), f"{what}: {actual.isfinite().logical_not().sum()} values are not finite"
+    error = (actual.double() - oracle).abs().max().item()
+    allowed = 2 * (plain.double() - oracle).abs().max().item()
+    allowed += roundings * torch.finfo(plain.dtype).eps * oracle.abs().max().item()
+    assert error <= allowed, f"{what}: error {error:.3e}, budget {allowed:.3e}"
+
+
+def pack_mask(sees: Tensor) -> Tensor:
+    """bool ``[B, T, T]`` as mask words ``[B, T, ceil(T/64)]``."""
+    B, T, _ = sees.shape
+    words = torch.zeros(B, T, (T + 63) // 64, dtype=torch.int64)
+    for j in range(T):
+        words[:, :, j // 64] |= sees[:, :, j].long() << (j % 64)
+    return words
+
+
+def random_trees(B: int, T: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random trees of T nodes: parents ``[B, T]`` (-1: the prefix) and ancestors (itself too) bool ``[B, T, T]``."""
+    parents = torch.stack([(torch.rand(B, generator=generator) * (j + 1)).long() - 1 for j in range(T)], dim=1)
+    sees = torch.zeros(B, T, T, dtype=torch.bool)
+    for b in range(B):
+        for j in range(T):
+            parent = int(parents[b, j])
+            if parent >= 0:
+                sees[b, j] = sees[b, parent]
+            sees[b, j, j] = True
+    return parents, sees
+
+
+def poison_(cache: Tensor, prefix_lens: Tensor, used_nodes: Tensor) -> None:
+    """NaN in every slot of ``[B, H, S, D]`` that is neither prefix nor one of the nodes in bool ``[B, T]``."""
+    for b, length in enumerate(prefix_lens.tolist()):
+        live = torch.zeros(cache.shape[2], dtype=torch.bool)
+        live[:length] = True
+        live[length : length + used_nodes.shape[1]] = used_nodes[b]
+        cache[b, :, ~live] = torch.nan

@@ -1,0 +1,88 @@
+"""The ops as torch sees them: opcheck, torch.compile, schemas, and the choice of a backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_bad_input import attention, commit, routing, sample, top
+
+from lbr_kernels import ops
+
+
+def op_arguments(name):
+    """Positional and keyword arguments of ``torch.ops.lbr_kernels.<name>``."""
+    if name == "tree_attention":
+        _, a = attention(num_nodes=torch.tensor([3, 1], dtype=torch.int32))
+        extras = {"window": 4, "softcap": 5.0, "sinks": torch.randn(4), "alibi_slopes": torch.rand(4)}
+        names = ("query", "key_cache", "value_cache", "prefix_lens", "ancestors")
+        return tuple(a[n] for n in names), {"num_nodes": a["num_nodes"], **extras}
+    if name == "commit_":
+        _, a = commit()
+        return (a["caches"], a["prefix_lens"], a["sources"]), {"num_moves": torch.tensor([2, 0], dtype=torch.int32)}
+    if name == "sample_children":
+        _, a = sample()
+        return (a["logits"], a["uniforms"], 0.7, 5, 0.9, 0.01), {"row_index": torch.tensor([1, 0])}
+    if name == "top_children":
+        _, a = top()
+        return (a["logits"], 3), {}
+    _, a = routing()
+    uniforms = torch.rand(2, dtype=torch.float64)
+    return (a["hidden"], a["weights"].data, 3, 2, *a["weights"][3:]), {"uniforms": uniforms}
+
+
+@pytest.mark.parametrize("name", ops._registry.OPS)
+@pytest.mark.parametrize("isa", [0, 1])
+def test_opcheck(name, isa):
+    args, kwargs = op_arguments(name)
+    torch.library.opcheck(getattr(torch.ops.lbr_kernels, name).default, args, {**kwargs, "isa": isa})
+
+
+@pytest.mark.parametrize("name", ops._registry.OPS)
+def test_opcheck_of_the_reference(name):
+    """The reference is the kernel of the same schema wherever no faster one is registered."""
+    args, kwargs = op_arguments(name)
+    with torch.library._scoped_library("lbr_kernels_test", "DEF") as library:
+        schema = str(getattr(torch.ops.lbr_kernels, name).default._schema).removeprefix("lbr_kernels::")
+        library.define(schema)
+        reference = ops._registry.OPS[name]
+        library.impl(name, lambda *a, isa=0, **k: reference(*a, **k), "CompositeExplicitAutograd")
+        library._register_fake(name, lambda *a, isa=0, **k: None if name == "commit_" else reference(*a, **k))
+        torch.library.opcheck(getattr(torch.ops.lbr_kernels_test, name).default, args, kwargs)
+
+
+@pytest.mark.parametrize("make", [attention, sample, top, routing])
+@pytest.mark.parametrize("backend", [None, "cpu-portable"])
+def test_compiles_without_graph_breaks(make, backend):
+    op, arguments = make()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **kwargs: op(**kwargs, backend=backend), fullgraph=True, backend="aot_eager")
+    want, got = op(**arguments, backend=backend), compiled(**arguments)
+    for a, b in zip(want if isinstance(want, tuple) else [want], got if isinstance(got, tuple) else [got], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiled_commit_mutates():
+    _, arguments = commit()
+    caches, lens, sources = arguments["caches"], arguments["prefix_lens"], arguments["sources"]
+    want = [cache.clone() for cache in caches]
+    want_lens = lens.clone()
+    ops.commit_(want, want_lens, sources)
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(a, b, lens, sources):
+        ops.commit_([a, b], lens, sources)
+        return a.sum() + b.sum()
+
+    total = step(*caches, lens, sources)
+    assert all(torch.equal(a, b) for a, b in zip(caches, want, strict=True))
+    assert torch.equal(lens, want_lens)
+    torch.testing.assert_close(total, want[0].sum() + want[1].sum())
+
+
+def test_backends_says_why():
+    table = ops.backends("cpu")
+    assert set(table) == {"tree_attention", "commit_", "sample_children", "top_children", "route"}
+    for reasons in table.values():
+        assert reasons["reference"] is None
+    assert "takes tensors on cpu" in ops.backends("cuda")["route"]["cpu"]

@@ -1,0 +1,319 @@
+"""tree_attention against attention unrolled path by path, and every kernel against the reference in fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import BACKENDS, DTYPES, KERNELS, assert_within_budget, pack_mask, poison_, random_trees
+from torch import Tensor
+
+from lbr_kernels import ops
+
+
+def problem(
+    *, B=2, Hk=2, group=2, T=7, N=5, D=16, Dv=16, longest=70, spare=9, dtype=torch.float32, seed=0, shared_tree=False
+) -> dict[str, Tensor]:
+    """Random tensors, trees that differ by row, lengths from 0 to ``longest``, NaN in every dead slot."""
+    g = torch.Generator().manual_seed(seed)
+    lens = torch.randint(0, longest + 1, (B,), generator=g)
+    lens[0] = longest
+    _, sees = random_trees(1 if shared_tree else B, T, g)
+    S = longest + T + spare
+    query = torch.randn(B, Hk * group, N, D, generator=g).to(dtype)
+    key = torch.randn(B, Hk, S, D, generator=g).to(dtype)
+    value = torch.randn(B, Hk, S, Dv, generator=g).to(dtype)
+    used = sees[:, T - N :].any(1).expand(B, T)
+    for cache in (key, value):
+        poison_(cache, lens, used)
+    return {
+        "query": query,
+        "key_cache": key,
+        "value_cache": value,
+        "prefix_lens": lens.to(torch.int32),
+        "ancestors": pack_mask(sees),
+    }
+
+
+def unrolled(p: dict[str, Tensor], b: int, n: int, *, window=None, softcap=None, sinks=None, slopes=None) -> Tensor:
+    """One query's output in fp64, its path's keys laid out one after the other and attended to plainly."""
+    query, length = p["query"][b, :, n].double(), int(p["prefix_lens"][b])
+    T, N = p["ancestors"].shape[1], p["query"].shape[2]
+    words = p["ancestors"][b % len(p["ancestors"]), T - N + n].tolist()
+    path = [j for j in range(T) if words[j // 64] >> (j % 64) & 1]
+    slots = [*range(length), *(length + j for j in path)]
+    # Along a path positions are consecutive.
+    position = torch.arange(len(slots)).double()
+    group = query.shape[0] // p["key_cache"].shape[1]
+    out = []
+    for h in range(query.shape[0]):
+        keys = p["key_cache"][b, h // group, slots].double()
+        values = p["value_cache"][b, h // group, slots].double()
+        scores = keys @ query[h] / math.sqrt(query.shape[1])
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if slopes is not None:
+            scores = scores + slopes[h].double() * (position - position[-1])
+        if window:
+            scores[position[-1] - position >= window] = -torch.inf
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[h : h + 1].double()])
+            values = torch.cat([values, torch.zeros_like(values[:1])])
+        out.append(scores.softmax(0) @ values)
+    return torch.stack(out)
+
+
+VARIANTS = {
+    "plain": {},
+    "window": {"window": 9},
+    "window-of-one": {"window": 1},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": torch.tensor([0.5, -1.0, 4.0, 0.0])},
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 1.0])},
+    "all": {
+        "window": 20,
+        "softcap": 5.0,
+        "sinks": torch.tensor([0.5, -1.0, 4.0, 0.0]),
+        "alibi_slopes": torch.tensor([0.05, 0.25, 0.125, 0.1]),
+    },
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_unrolled_paths(backend, variant):
+    """Every node's result is plain attention over its own path; NaN in dead slots is never read."""
+    p, extras = problem(B=3, T=9, N=6), VARIANTS[variant]
+    out = ops.tree_attention(**p, **extras, backend=backend)
+    for b in range(3):
+        for n in range(6):
+            names = {"alibi_slopes": "slopes"}
+            want = unrolled(p, b, n, **{names.get(k, k): v for k, v in extras.items()})
+            torch.testing.assert_close(out[b, :, n].double(), want, rtol=0, atol=3e-6)
+
+
+def plain_attention(p: dict[str, Tensor], extras: dict) -> Tensor:
+    """What a user would write: torch's SDPA with a dense mask, in the tensors' own dtype."""
+    query, key, value = (p[name] for name in ("query", "key_cache", "value_cache"))
+    B, Hq, N, D = query.shape
+    S, T = key.shape[2], p["ancestors"].shape[1]
+    group = Hq // key.shape[1]
+    node = torch.arange(T)
+    sees = (p["ancestors"][:, :, node // 64] >> (node % 64)) & 1 == 1
+    depth = sees.sum(-1).expand(B, T)
+    bias = torch.full((B, Hq, N, S), -torch.inf)
+    for b, length in enumerate(p["prefix_lens"].tolist()):
+        visible = torch.zeros(N, S, dtype=torch.bool)
+        visible[:, :length] = True
+        visible[:, length : length + T] = sees[b % len(sees), T - N :]
+        position = torch.arange(S)
+        position[length : length + T] = length + depth[b] - 1
+        offset = position - (length + depth[b, T - N :, None] - 1)
+        if extras.get("window"):
+            visible &= -offset < extras["window"]
+        slopes = extras.get("alibi_slopes", torch.zeros(Hq))
+        bias[b] = torch.where(visible, slopes[:, None, None] * offset, -torch.inf)
+    key = key.nan_to_num(0).repeat_interleave(group, 1)
+    value = value.nan_to_num(0).repeat_interleave(group, 1)
+    scores = query @ key.mT * D**-0.5
+    if extras.get("softcap"):
+        scores = torch.tanh(scores / extras["softcap"]) * extras["softcap"]
+    scores = scores + bias.to(query.dtype)
+    if "sinks" in extras:
+        sinks = extras["sinks"].to(query.dtype)[:, None, None].expand(B, Hq, N, 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ value
+    return scores.softmax(-1) @ value
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_error_budget(backend, dtype, variant):
+    p, extras = problem(dtype=dtype, T=12, N=9, longest=300, D=64, Dv=64), VARIANTS[variant]
+    out, lse = ops.tree_attention(**p, **extras, return_lse=True, backend=backend)
+    wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in p.items()}
+    want, want_lse = ops.tree_attention(**wide, **extras, return_lse=True, backend="reference")
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    assert_within_budget(out, want, plain_attention(p, extras), "output")
+    torch.testing.assert_close(lse.double(), want_lse, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_shape(backend, data):
+    """Shapes, lengths, trees, dtypes and features at random, against the reference in fp64."""
+    draw = data.draw
+    group = draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 16]))
+    T = draw(st.integers(1, 150))
+    p = problem(
+        B=draw(st.integers(1, 4)), Hk=draw(st.sampled_from([1, 2, 3])), group=group, T=T,
+        N=draw(st.integers(1, min(T, 40))), D=8 * draw(st.integers(2, 16)), Dv=8 * draw(st.integers(2, 16)),
+        longest=draw(st.sampled_from([0, 1, 63, 64, 65, 255, 256, 257, 700])),
+        dtype=draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 999)), shared_tree=draw(st.booleans()),
+    )  # fmt: skip
+    Hq = p["query"].shape[1]
+    extras = draw(
+        st.fixed_dictionaries({}, optional={
+            "window": st.sampled_from([1, 2, 50, 300]), "softcap": st.just(8.0), "scale": st.just(0.3),
+            "sinks": st.just(torch.linspace(-2, 2, Hq)), "alibi_slopes": st.just(torch.linspace(0.01, 0.2, Hq)),
+        })
+    )  # fmt: skip
+    out, lse = ops.tree_attention(**p, **extras, return_lse=True, backend=backend)
+    wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in p.items()}
+    want, want_lse = ops.tree_attention(**wide, **extras, return_lse=True, backend="reference")
+    plain = ops.tree_attention(**p, **extras, backend="reference")
+    assert_within_budget(out, want, plain, "output", roundings=8)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head_dim", range(16, 257, 8))
+def test_head_sizes(backend, head_dim):
+    p = problem(D=head_dim, Dv=272 - head_dim, longest=40)
+    out = ops.tree_attention(**p, backend=backend)
+    torch.testing.assert_close(out[1, :, 3].double(), unrolled(p, 1, 3), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("group", range(1, 17))
+def test_any_group(backend, group):
+    """GQA 1 to 16, with 39 nodes: the ratios and sizes that packed kernels tend to leave out."""
+    p = problem(group=group, T=39, N=39, longest=90)
+    out = ops.tree_attention(**p, backend=backend)
+    for n in (0, 38):
+        torch.testing.assert_close(out[0, :, n].double(), unrolled(p, 0, n), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_output_names_the_visible_nodes(backend):
+    """With zero queries and keys, and node j worth 2^j, the output times the number of visible nodes is the mask."""
+    g = torch.Generator().manual_seed(3)
+    _, sees = random_trees(2, 20, g)
+    value = torch.full((2, 1, 40, 1), torch.nan)
+    lens = torch.tensor([0, 11], dtype=torch.int32)
+    for b, length in enumerate(lens.tolist()):
+        value[b, :, :length] = 0
+        value[b, 0, length : length + 20, 0] = 2.0 ** torch.arange(20)
+    out = ops.tree_attention(
+        torch.zeros(2, 1, 20, 8), torch.zeros(2, 1, 40, 8), value, lens, pack_mask(sees), backend=backend
+    )
+    count = sees.sum(-1) + lens[:, None]
+    named = (out[:, 0, :, 0] * count).round().long()
+    torch.testing.assert_close(named, (sees.long() << torch.arange(20)).sum(-1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_last_bit_of_a_word(backend):
+    """Trees of 64, 65 and 128 nodes in which only the last bit of a word is set: the sign bit must count."""
+    for T in (64, 65, 128):
+        sees = torch.zeros(1, T, T, dtype=torch.bool)
+        sees[0, :, T - 1] = True
+        key, value = torch.randn(1, 1, T, 8), torch.randn(1, 1, T, 8)
+        key[:, :, :-1] = value[:, :, :-1] = torch.nan
+        lens = torch.zeros(1, dtype=torch.int32)
+        out = ops.tree_attention(torch.randn(1, 2, T, 8), key, value, lens, pack_mask(sees), backend=backend)
+        torch.testing.assert_close(out, value[:, :, -1:].expand(1, 2, T, 8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bits_beyond_the_tree_are_ignored(backend):
+    p = problem(T=5, N=5)
+    want = ops.tree_attention(**p, window=6, backend=backend)
+    p["ancestors"] = p["ancestors"] | (-1 << 5)
+    assert torch.equal(ops.tree_attention(**p, window=6, backend=backend), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_num_nodes(backend):
+    """Queries past a row's count return zero, and what only they see is not read."""
+    p = problem(B=3, T=8, N=4)
+    counts = torch.tensor([4, 0, 2], dtype=torch.int32)
+    full = ops.tree_attention(**p, backend=backend)
+    for b, count in enumerate(counts.tolist()):
+        words = p["ancestors"][b, 4 : 4 + count, 0].tolist()
+        seen = torch.tensor([any(word >> j & 1 for word in words) for j in range(8)])
+        poison_(p["key_cache"][b : b + 1], p["prefix_lens"][b : b + 1] * bool(count), seen[None])
+    out, lse = ops.tree_attention(**p, num_nodes=counts, return_lse=True, backend=backend)
+    for b, count in enumerate(counts.tolist()):
+        assert torch.equal(out[b, :, :count], full[b, :, :count])
+        assert (out[b, :, count:] == 0).all()
+        assert (lse[b, :, count:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_query_that_sees_nothing(backend):
+    p = problem(B=1, T=2, N=2, longest=0)
+    p["ancestors"] = torch.zeros_like(p["ancestors"])
+    out, lse = ops.tree_attention(**p, return_lse=True, backend=backend)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+    sinks = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    out, lse = ops.tree_attention(**p, sinks=sinks, return_lse=True, backend=backend)
+    assert (out == 0).all()
+    torch.testing.assert_close(lse[0, :, 0], sinks)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_depths_override_the_mask(backend):
+    """Given depths move a node's position, and with it the window."""
+    p = problem(B=2, T=6, N=6)
+    by_mask = pack_depths(p["ancestors"])
+    out = ops.tree_attention(**p, window=4, depths=by_mask, backend=backend)
+    assert torch.equal(out, ops.tree_attention(**p, window=4, backend=backend))
+    deeper = ops.tree_attention(**p, window=4, depths=by_mask + 2, backend=backend)
+    assert torch.equal(deeper[1], ops.tree_attention(**p, window=4, depths=by_mask + 2, backend=backend)[1])
+    assert not torch.equal(out, deeper)
+
+
+def pack_depths(ancestors: Tensor) -> Tensor:
+    T = ancestors.shape[1]
+    bits = (ancestors[..., 0, None] >> torch.arange(T)) & 1
+    return bits.sum(-1).to(torch.int32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_views(backend):
+    """Queries as models make them, caches as slices of an arena: nothing needs to be dense but the last axis."""
+    p = problem(B=2)
+    want = ops.tree_attention(**p, backend=backend)
+    p["query"] = p["query"].transpose(1, 2).contiguous().transpose(1, 2)
+    for name in ("key_cache", "value_cache"):
+        arena = torch.full((4, 5, 2 * p[name].shape[2], 24), torch.nan)
+        view = arena[1:3, 2:4, ::2, 3:19]
+        view.copy_(p[name])
+        p[name] = view
+    p["prefix_lens"] = torch.stack([p["prefix_lens"], p["prefix_lens"]], 1)[:, 0].clone()
+    p["ancestors"] = torch.stack([p["ancestors"], p["ancestors"] * 0], 1)[:, 0]
+    assert torch.equal(ops.tree_attention(**p, backend=backend), want)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_row_does_not_depend_on_its_batch(backend):
+    """Bit for bit the same alone, in a batch, and with one, two or four threads."""
+    p = problem(B=4, longest=900, group=7, D=64, Dv=64, T=20, N=13)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            results.append(ops.tree_attention(**p, backend=backend))
+            for b in range(4):
+                row = {name: tensor[b : b + 1] for name, tensor in p.items()}
+                assert torch.equal(ops.tree_attention(**row, backend=backend), results[-1][b : b + 1])
+        assert all(torch.equal(result, results[0]) for result in results)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch_and_no_queries(backend):
+    p = problem(B=2)
+    none = {name: tensor[:0] for name, tensor in p.items()}
+    assert ops.tree_attention(**none, backend=backend).shape == (0, 4, 5, 16)
+    p["query"] = p["query"][:, :, :0]
+    assert ops.tree_attention(**p, backend=backend).shape == (2, 4, 0, 16)
