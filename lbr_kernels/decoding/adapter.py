@@ -237,7 +237,8 @@ def _compare(model: PreTrainedModel) -> ModelReport:
     adapter = ModelAdapter(model)
     device = model.device
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    text_config = model.config.get_text_config(decoder=True)
+    vocabulary = text_config.vocab_size
     length = _prefix_length(model)
 
     def random_tokens(count: int) -> Tensor:
@@ -284,6 +285,8 @@ def _compare(model: PreTrainedModel) -> ModelReport:
             f"nodes of a tree differ from plain forwards of their paths: relative error {error:.1e}, "
             f"where {allowed:.1e} is rounding"
         )
+        if getattr(text_config, "attn_logit_softcapping", None) and text_config._attn_implementation == "sdpa":
+            reason += "; SDPA passes over its soft-cap, load it with attn_implementation='eager'"
     return ModelReport(reason, error, noise, length)
 
 

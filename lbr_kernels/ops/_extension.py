@@ -71,6 +71,12 @@ def load() -> str | None:
         return _load_once()
 
 
+def library_path() -> Path | None:
+    """The compiled library that :func:`load` takes, None if there is none."""
+    built = _build_directory() / f"{extension_name()}.so"
+    return _installed() or (built if built.exists() else None)
+
+
 @functools.cache
 def _load_once() -> str | None:
     import torch
@@ -96,17 +102,23 @@ def _installed() -> Path | None:
     return next(_PACKAGE.glob(f"{extension_name()}.*"), None)
 
 
+def _build_directory() -> Path:
+    """A folder for this extension and this torch inside torch's own cache of extensions."""
+    import torch
+    from torch.utils import cpp_extension
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    return root / f"lbr_kernels-torch{torch.__version__}" / extension_name()
+
+
 def _build() -> Path:
     import torch
     from filelock import FileLock
-    from torch.utils import cpp_extension
 
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         raise BuildUnavailableError(f"no C++ compiler found (looked for {compiler!r}; CXX names another)")
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    name = extension_name()
-    directory = root / f"lbr_kernels-torch{torch.__version__}" / name
+    name, directory = extension_name(), _build_directory()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(directory.with_suffix(".lock")):
@@ -135,7 +147,7 @@ def _compile(name: str, directory: Path) -> None:
             build_directory=str(directory),
             is_python_module=False,
         )
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # whatever torch, ninja or the compiler have to say
         log = directory / "build.log"
         log.write_text(str(error))
         raise BuildUnavailableError(f"compiling the kernels failed, see {log}") from error
