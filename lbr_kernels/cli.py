@@ -53,19 +53,19 @@ class Measured:
         cells = [self.name]
         if self.problems:
             low, high = wilson_interval(self.correct, self.problems)
-            cells += [f"{self.correct / self.problems:.3f}", f"{low:.2f} to {high:.2f}"]
+            cells += [f"{self.correct / self.problems:.3f}", f"{low:.2f} – {high:.2f}"]
         return [*cells, f"{self.tokens / self.seconds:,.0f}", f"{self.nodes / self.tokens:.2f}"]
 
 
 def comparison(rows: list[Measured]) -> Table:
     """Decoding methods side by side."""
     table = Table()
-    table.add_column("decoding")
+    table.add_column("decoding", no_wrap=True)
     if rows[0].problems:
         table.add_column("accuracy", justify="right")
-        table.add_column("95 % interval", justify="right", style="dim")
+        table.add_column("95 %", justify="right", style="dim", no_wrap=True)
     table.add_column("committed tokens/s", justify="right")
-    table.add_column("forwarded nodes per token", justify="right")
+    table.add_column("forwarded nodes/token", justify="right")
     for row in rows:
         table.add_row(*row.cells())
     return table
@@ -95,16 +95,17 @@ def demo(
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
     routers = {d: Router.from_pretrained(CHECKPOINT / f"router-depth{d}").eval() for d in (1, 2)}
 
-    (first, *_) = reachability.evaluation_problems(options, 2, hops=[3], seed=seed + 1)
+    first = _hard_problem(model, options, seed + 1)
     ids = torch.tensor([reachability.prompt_ids(first, options)])
     text = reachability.to_text(ids[0].tolist(), options)
-    console.print(Panel(text, title="edges, the two targets, the root", title_align="left"), highlight=False)
+    title = "edges, the two targets, the root (greedy decoding gets this one wrong)"
+    console.print(Panel(text, title=title, title_align="left"), highlight=False)
 
     def spell(tokens: list[int]) -> str:
-        return reachability.to_text(tokens, options) + " "
+        return reachability.to_text(tokens, options).replace(reachability.CONTINUES, "")
 
     generator = torch.Generator().manual_seed(seed)
-    with TreeView(console, spell, f"{text.split(',')[-1].strip()} ", width=3, depth=depth, pause=pause) as view:
+    with TreeView(console, spell, text.split(",")[-1].strip() + " ", width=3, depth=depth, pause=pause) as view:
         out = generate(
             model, ids, width=3, depth=depth, router=routers[depth], generator=generator, on_step=view,
             max_new_tokens=options.max_answer_length, **_TASK_SAMPLING,
@@ -135,7 +136,7 @@ def demo(
                 assert result.stats is not None
                 return result.sequences, result.stats.forwarded_nodes
 
-            methods.append((f"LBR, K = {width}, L = {tree_depth}", decode))
+            methods.append((f"LBR K={width} L={tree_depth}", decode))
 
     torch.manual_seed(seed)
     rows = [Measured(name) for name, _ in methods]
@@ -175,6 +176,17 @@ def _plain(
 ) -> tuple[Tensor, int]:
     sampling = _TASK_SAMPLING if do_sample else {"do_sample": False}
     return model.generate(batch, max_new_tokens=options.max_answer_length, **sampling), 0
+
+
+def _hard_problem(model: PreTrainedModel, options: reachability.ReachabilityOptions, seed: int) -> reachability.Problem:
+    """The first unseen problem of the most hops that greedy decoding gets wrong."""
+    unseen = reachability.evaluation_problems(options, 40, hops=[options.max_hops], seed=seed)
+    prompts = torch.tensor([reachability.prompt_ids(problem, options) for problem in unseen])
+    answers, _ = _plain(model, prompts, options, do_sample=False)
+    for problem, answer in zip(unseen, answers[:, prompts.shape[1] :].tolist(), strict=True):
+        if not reachability.check_answer(problem, answer, options).correct:
+            return problem
+    return unseen[0]
 
 
 def _length(answer: list[int]) -> int:
@@ -243,7 +255,7 @@ def generate_command(
     console.print(Panel(text, title="text", title_align="left"), highlight=False)
     # The phases of decoding alone: drawing the tree is not among them.
     ours = sum(out.stats.seconds.values())
-    rows = [Measured(f"LBR, K = {width}, L = {depth}", out.stats.committed_tokens, ours, out.stats.forwarded_nodes)]
+    rows = [Measured(f"LBR K={width} L={depth}", out.stats.committed_tokens, ours, out.stats.forwarded_nodes)]
     if compare:
         torch.manual_seed(seed)
         with console.status("plain decoding"):

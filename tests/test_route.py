@@ -10,7 +10,8 @@ from support import BACKENDS, DTYPES, assert_within_budget
 from lbr_kernels import Router, RouterConfig, ops
 from lbr_kernels.ops.tree_shape import num_slots
 
-SHAPES = [(1, 1), (2, 1), (3, 1), (16, 1), (1, 3), (3, 2), (4, 2), (2, 3)]
+# (2, 4) is the smallest tree in which a path that ends early could be counted twice beside others.
+SHAPES = [(1, 1), (2, 1), (3, 1), (16, 1), (1, 3), (3, 2), (4, 2), (2, 3), (2, 4)]
 VARIANTS = [
     {}, {"score_head": "mlp"}, {"independent": True}, {"input_norm": True},
     {"score_head": "mlp", "independent": True, "input_norm": True},
@@ -96,6 +97,18 @@ def test_choice_is_drawn(backend):
         hidden[:2], router.packed(), width=4, depth=1, valid=valid[:2], uniforms=ends, backend=backend
     )
     assert choice.tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rounding_never_chooses_what_is_not_there(backend):
+    """With a uniform number just below 1 and the last candidate missing, rounding may leave a rest; it goes to the last
+    candidate that exists."""
+    router = random_router(1)
+    hidden = torch.randn(500, 4, 48)
+    valid = torch.tensor([True, True, True, False]).repeat(500, 1)
+    uniforms = torch.full((500,), 1 - 2**-53, dtype=torch.float64)
+    _, choice = ops.route(hidden, router.packed(), width=4, depth=1, valid=valid, uniforms=uniforms, backend=backend)
+    assert (choice == 2).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

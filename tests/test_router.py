@@ -74,6 +74,23 @@ def test_an_early_end_is_one_shorter_path(variant):
         assert torch.equal(router(hidden, 3, valid=valid), want)
 
 
+def test_positions_that_do_not_exist_are_not_attended_to():
+    """Candidates without children: their sequences are [CLS], h and no more, put together here by hand."""
+    router = random_router(3)
+    hidden = torch.randn(1, num_slots(2, 3), 48)
+    valid = torch.zeros(1, num_slots(2, 3), dtype=torch.bool)
+    valid[:, :2] = True
+    with torch.no_grad():
+        first = router.in_proj(hidden[0, :2]) + router.depth_embed[0]
+        sequence = torch.stack([router.cls.expand(2, -1), first], dim=1)
+        there = torch.ones(2, 2, dtype=torch.bool)
+        rollouts = router.path_encoder(sequence, there)[:, :1]
+        pooled = router.subtree_attention(rollouts, there[:, :1])[:, 0]  # one item: pooling gives it back
+        compared = router.candidate_attention(pooled[None], there[:1])
+        want = router.score(compared)[..., 0].log_softmax(-1)
+        torch.testing.assert_close(router(hidden, 2, valid=valid), want)
+
+
 def test_missing_candidates_are_left_out_of_the_comparison():
     router = random_router(1)
     hidden = torch.randn(1, 4, 48)

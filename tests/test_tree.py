@@ -66,10 +66,10 @@ def test_rolling(trie, data):
             if trie:
                 assert len(set(paths.values())) == len(paths) == real, "a path was forwarded twice"
             cached[row] |= {growth.base + query: path for query, path in paths.items()}
-            # Every real query sees itself and its ancestors, by path, and nothing else.
+            # Every node, new or moved, sees itself and its ancestors, by path, and nothing else.
             mask = growth.ancestors[row % len(growth.ancestors)]
-            for query, path in paths.items():
-                words = mask[growth.base + query].tolist()
+            for node, path in cached[row].items():
+                words = mask[node].tolist()
                 seen = {j for j in range(tree.num_nodes) if words[j // 64] >> (j % 64) & 1}
                 assert {cached[row][j] for j in seen} == {path[: i + 1] for i in range(len(path))}
                 assert len(seen) == len(path)
@@ -125,3 +125,17 @@ def test_without_a_trie_shapes_are_constants():
         sources, num_moves = tree.commit(torch.tensor([0, 2]), all_active=True)
         assert sources.tolist() == [[0, 3, 4, 5], [2, 9, 10, 11]]
         assert num_moves is None
+
+
+def test_impossible_choices_are_refused():
+    tree = LookaheadTree(2, 3, 1, trie=True, device=torch.device("cpu"))
+    tree.grow(1, torch.tensor([[4, 5, 6], [4, -1, -1]]))
+    before = tree.tokens.clone()
+    for choice, message in (
+        ([0, 3], r"choice\[1\] is 3, expected -1 to 2"),
+        ([-2, 0], r"choice\[0\] is -2, expected -1 to 2"),
+        ([0, 2], r"choice\[1\] is 2, where the tree holds no candidate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tree.commit(torch.tensor(choice), all_active=True)
+        assert torch.equal(tree.tokens, before)

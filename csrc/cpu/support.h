@@ -24,8 +24,9 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
-  // Drops the contents.
+  // Drops the contents. An empty buffer has an element too, so that its start can be referred to.
   void resize(int64_t size) {
+    size = largest(size, 1);
     if (size <= capacity_) return;
     free(data_);
     capacity_ = size;

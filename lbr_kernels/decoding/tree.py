@@ -153,7 +153,12 @@ class LookaheadTree:
         Returns:
             ``sources`` int32 ``[B, M]`` and ``num_moves`` int32 ``[B]`` (None: all M) for ``ops.commit_``: the winner
             and its descendants.
+
+        Raises:
+            ValueError: a choice is not in -1 .. K - 1, or no node stands in its place (checked on CPUs).
         """
+        if choice.device.type == "cpu":
+            self._check(choice)
         active = choice >= 0
         winner = choice.clamp(min=0)
         survivors = self._survivors[winner]
@@ -192,6 +197,13 @@ class LookaheadTree:
         if self.trie or not all_active:
             return sources.to(torch.int32), torch.where(active, num_moves, 0).to(torch.int32)
         return sources.to(torch.int32), None
+
+    def _check(self, choice: Tensor) -> None:
+        for row, chosen in enumerate(choice.tolist()):
+            if not -1 <= chosen < self.width:
+                raise ValueError(f"commit: choice[{row}] is {chosen}, expected -1 to {self.width - 1}")
+            if chosen >= 0 and not self.valid[row, chosen]:
+                raise ValueError(f"commit: choice[{row}] is {chosen}, where the tree holds no candidate")
 
     def shift(self, states: Tensor, choice: Tensor) -> Tensor:
         """Per-slot states ``[B, slots, ...]`` of the tree before a commit, as those of layers 1..L-1 after it."""
