@@ -227,6 +227,8 @@ def generate_command(
             require_supported(loaded)
         except UnsupportedModelError as error:
             raise fail(str(error)) from error
+    if chat and tokenizer.chat_template is None:
+        raise fail(f"--chat is set, but {model!r} has no chat template")
     if chat:
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True

@@ -24,7 +24,7 @@ typedef float vfloat_half __attribute__((vector_size(4 * kDoubleLanes)));
 constexpr int kWeightBits = 40;
 constexpr int64_t kChunk = 1024;  // tokens whose weights are summed together
 
-static inline vdouble splat(double x) { return vdouble{} + x; }
+static inline vdouble splat(double x) { return x - vdouble{}; }
 
 // round(2^40 e^x) for x <= 0.
 static inline vlong weight_of(vdouble x) {
@@ -52,7 +52,7 @@ struct Softmax {
   vlong weights(vfloat_half logits) const {
     return weight_of((__builtin_convertvector(logits, vdouble) - max) / temperature);
   }
-  int64_t weight(float logit) const { return weights(vfloat_half{} + logit)[0]; }
+  int64_t weight(float logit) const { return weights(logit - vfloat_half{})[0]; }
 };
 
 // Lanes where a >= b, as bits.

@@ -34,7 +34,8 @@ struct Float16 {
   uint16_t bits;
 };
 
-static inline vfloat splat(float x) { return vfloat{} + x; }
+// x - 0 is x, also for -0, so compilers make a broadcast of it; 0 + x is not.
+static inline vfloat splat(float x) { return x - vfloat{}; }
 
 template <class V, class T>
 static inline V load_as(const T* p) {

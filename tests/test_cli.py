@@ -1,0 +1,109 @@
+"""The command line as a person would use it: what it prints, on a terminal and into a pipe, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_llama
+from rich.console import Console
+from test_generate import letters_tokenizer
+from typer.testing import CliRunner, Result
+
+from lbr_kernels import Router, StepView, cli
+from lbr_kernels.display import TreeView
+from lbr_kernels.ops.tree_shape import num_slots
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint")
+    model = tiny_llama()
+    model.save_pretrained(path)
+    letters_tokenizer().save_pretrained(path)
+    Router.for_model(model, depth=2).save_pretrained(path / "router")
+    return path
+
+
+def test_info():
+    result = run("info")
+    assert result.exit_code == 0
+    for expected in ("lbr-kernels", torch.__version__, "tree_attention", "sample_children", "compiled kernels:"):
+        assert expected in result.output
+
+
+def test_build():
+    result = run("build")
+    assert result.exit_code == 0
+    assert re.search(r"compiled kernels: \S+_kernels_[0-9a-f]{12}", result.output)
+
+
+def test_generate(checkpoint):
+    arguments = ["generate", "--model", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "5", "--seed", "3"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    steps = re.findall(r"^ +(\d+)  .*\*", result.stdout, flags=re.MULTILINE)
+    assert steps == ["1", "2", "3", "4", "5"]
+    assert "LBR K=3 L=1" in result.output
+    assert "plain" in result.output
+    assert run(*arguments).stdout.split("decoding")[0] == result.stdout.split("decoding")[0]
+
+
+def test_generate_with_a_router_and_without_comparison(checkpoint):
+    result = run(
+        "generate", "--model", str(checkpoint), "--prompt", "hello", "--router", str(checkpoint / "router"),
+        "--depth", "2", "--width", "2", "--greedy", "--max-new-tokens", "4", "--no-compare",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "LBR K=2 L=2" in result.output
+    assert "plain" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/no/such/model", "--prompt", "a"], "error: cannot load '/no/such/model'"),
+        (["--model", "CHECKPOINT", "--prompt", "a", "--router", "CHECKPOINT/router"], "router was made for depth 2"),
+        (["--model", "CHECKPOINT", "--prompt", "a", "--dtype", "int8"], "--dtype is 'int8', expected auto, float32"),
+        (["--model", "CHECKPOINT", "--prompt", "a", "--chat"], "has no chat template"),
+    ],
+)
+def test_generate_refuses(checkpoint, arguments, message):
+    result = run("generate", *(part.replace("CHECKPOINT", str(checkpoint)) for part in arguments))
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_missing_options_are_named():
+    result = run("generate")
+    assert result.exit_code == 2
+    assert "--model" in result.output
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_tree_view(terminal):
+    """Candidates with their children and probabilities, winner and losers; missing nodes are left out."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=90, color_system=None)
+    tokens = torch.full((1, num_slots(3, 2)), -1)
+    tokens[0, :3] = torch.tensor([4, 7, 7])
+    tokens[0, 3:5] = torch.tensor([8, 9])
+    step = StepView(0, tokens, torch.tensor([[0.2, 0.5, 0.3]]).log(), torch.tensor([1]))
+    with TreeView(console, lambda ids: "".join(f"<{i}>" for i in ids), "text: ", width=3, depth=2) as view:
+        view(step)
+        view(StepView(1, tokens, torch.zeros(1, 3), torch.tensor([-1])))
+    shown = out.getvalue()
+    assert view.committed == [7]
+    if terminal:
+        for expected in ("text: <7>", "▶ <7>", "✕ <4>", "<8>", "<9>", "██████████           0.50", "commit", "prune"):
+            assert expected in shown, expected
+    else:
+        assert shown == "   1   <4> 0.20   *<7> 0.50    <7> 0.30   \n"
