@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -17,58 +14,22 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lbr_kernels import ops
 from lbr_kernels.decoding.adapter import UnsupportedModelError, require_supported
 from lbr_kernels.decoding.generate import LBRGenerateOutput, generate
-from lbr_kernels.display import TreeView, progress
+from lbr_kernels.display import TreeView, comparison, progress
 from lbr_kernels.evaluation import reachability
-from lbr_kernels.evaluation.statistics import wilson_interval
+from lbr_kernels.evaluation.demo import BATCH, Demo, Measured
 from lbr_kernels.ops import _extension
-from lbr_kernels.router import Router
 
 app = typer.Typer(
     help="Local Branch Routing: decode with a rolling lookahead tree.", no_args_is_help=True, add_completion=False
 )
 console = Console()
 
-CHECKPOINT = Path(__file__).parent / "evaluation" / "checkpoints" / "reachability"
-BATCH = 50  # problems that are decoded together
-
-
-@dataclass
-class Measured:
-    """One row of a comparison."""
-
-    name: str
-    tokens: int = 0
-    seconds: float = 0.0
-    nodes: int = 0
-    correct: int = 0
-    problems: int = 0
-
-    def cells(self) -> list[str]:
-        cells = [self.name]
-        if self.problems:
-            low, high = wilson_interval(self.correct, self.problems)
-            cells += [f"{self.correct / self.problems:.3f}", f"{low:.2f} – {high:.2f}"]
-        return [*cells, f"{self.tokens / self.seconds:,.0f}", f"{self.nodes / self.tokens:.2f}"]
-
-
-def comparison(rows: list[Measured]) -> Table:
-    """Decoding methods side by side."""
-    table = Table()
-    table.add_column("decoding", no_wrap=True)
-    if rows[0].problems:
-        table.add_column("accuracy", justify="right")
-        table.add_column("95 %", justify="right", style="dim", no_wrap=True)
-    table.add_column("committed tokens/s", justify="right")
-    table.add_column("forwarded nodes/token", justify="right")
-    for row in rows:
-        table.add_row(*row.cells())
-    return table
+WIDTH = 3  # of the tree that the demo shows
 
 
 def fail(message: str) -> typer.Exit:
@@ -91,107 +52,38 @@ def demo(
     """
     if problems % 2:
         raise fail(f"--problems is {problems}, expected an even number: problems come in twin pairs")
-    options = reachability.ReachabilityOptions()
-    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
-    routers = {d: Router.from_pretrained(CHECKPOINT / f"router-depth{d}").eval() for d in (1, 2)}
-
-    first = _hard_problem(model, options, seed + 1)
-    ids = torch.tensor([reachability.prompt_ids(first, options)])
-    text = reachability.to_text(ids[0].tolist(), options)
-    title = "edges, the two targets, the root (greedy decoding gets this one wrong)"
+    shipped = Demo()
+    first = shipped.problem_to_show(width=WIDTH, depth=depth, seed=seed)
+    prompt = shipped.prompts([first])
+    text = reachability.to_text(prompt[0].tolist(), shipped.options)
+    title = "edges, the two targets, the root: one that greedy decoding gets wrong"
     console.print(Panel(text, title=title, title_align="left"), highlight=False)
 
     def spell(tokens: list[int]) -> str:
-        return reachability.to_text(tokens, options).replace(reachability.CONTINUES, "")
+        return reachability.to_text(tokens, shipped.options).replace(reachability.CONTINUES, "")
 
-    generator = torch.Generator().manual_seed(seed)
-    with TreeView(console, spell, text.split(",")[-1].strip() + " ", width=3, depth=depth, pause=pause) as view:
-        out = generate(
-            model, ids, width=3, depth=depth, router=routers[depth], generator=generator, on_step=view,
-            max_new_tokens=options.max_answer_length, **_TASK_SAMPLING,
-        )  # fmt: skip
-    assert isinstance(out, Tensor)
-    verdict = reachability.check_answer(first, out[0, ids.shape[1] :].tolist(), options)
-    right = reachability.to_text(reachability.node_ids(first.answer, options), options)
+    question = text.split(",")[-1].strip() + " "
+    with TreeView(console, spell, question, width=WIDTH, depth=depth, pause=pause) as view:
+        generator = torch.Generator().manual_seed(seed)
+        out = shipped.lbr(prompt, width=WIDTH, depth=depth, generator=generator, on_step=view)
+    verdict = reachability.check_answer(first, shipped.answers(out.sequences)[0], shipped.options)
+    right = reachability.to_text(reachability.node_ids(first.answer, shipped.options), shipped.options)
     said = "correct" if verdict.correct else "legal, wrong target" if verdict.legal else "not a path of the graph"
     console.print(f"answer: [bold]{said}[/] (the reachable target is {right})\n", highlight=False)
 
-    unseen = reachability.evaluation_problems(options, problems, hops=range(1, options.max_hops + 1), seed=seed)
-    prompts = torch.tensor([reachability.prompt_ids(problem, options) for problem in unseen])
-    methods: list[tuple[str, Callable[[Tensor, torch.Generator], tuple[Tensor, int]]]] = [
-        ("plain, sampled", lambda batch, g: _plain(model, batch, options, do_sample=True)),
-        ("plain, greedy", lambda batch, g: _plain(model, batch, options, do_sample=False)),
-    ]
-    for width in (2, 3):
-        for tree_depth in (1, 2):
-
-            def decode(
-                batch: Tensor, g: torch.Generator, width: int = width, d: int = tree_depth
-            ) -> tuple[Tensor, int]:
-                result = generate(
-                    model, batch, width=width, depth=d, router=routers[d], generator=g, return_dict_in_generate=True,
-                    max_new_tokens=options.max_answer_length, **_TASK_SAMPLING,
-                )  # fmt: skip
-                assert isinstance(result, LBRGenerateOutput)
-                assert result.stats is not None
-                return result.sequences, result.stats.forwarded_nodes
-
-            methods.append((f"LBR K={width} L={tree_depth}", decode))
-
-    torch.manual_seed(seed)
-    rows = [Measured(name) for name, _ in methods]
+    rows: list[Measured] = []
     with progress(console) as bar:
-        task = bar.add_task(f"{problems} unseen problems, {len(methods)} ways", total=problems * len(methods))
-        for start in range(0, problems, BATCH):
-            batch, asked = prompts[start : start + BATCH], unseen[start : start + BATCH]
-            for row, (_, method) in zip(rows, methods, strict=True):
-                began = time.perf_counter()
-                sequences, nodes = method(batch, generator)
-                row.seconds += time.perf_counter() - began
-                answers = sequences[:, batch.shape[1] :].tolist()
-                tokens = sum(_length(answer) for answer in answers)
-                row.tokens += tokens
-                row.nodes += nodes or tokens
-                row.problems += len(asked)
-                row.correct += sum(
-                    reachability.check_answer(problem, answer, options).correct
-                    for problem, answer in zip(asked, answers, strict=True)
-                )
-                bar.advance(task, len(asked))
+        task = bar.add_task(f"{problems} unseen problems, each way", total=None)
+        for rows in shipped.compare(problems, seed=seed):
+            bar.update(task, completed=sum(row.problems for row in rows), total=problems * len(rows))
     console.print(comparison(rows))
     console.print(
         f"The same model in every row, sampled at temperature 1 but for the greedy one; {problems} problems of 1 to "
-        f"{options.max_hops} hops on graphs it was not trained on, {BATCH} at a time, seed {seed}. "
-        f"{torch.get_num_threads()} threads.",
+        f"{shipped.options.max_hops} hops on graphs it was not trained on, {BATCH} at a time, seed {seed}, "
+        f"{torch.get_num_threads()} CPU thread(s).",
         style="dim",
         highlight=False,
     )
-
-
-_TASK_SAMPLING: dict[str, Any] = {"do_sample": True, "top_k": 0}
-
-
-def _plain(
-    model: PreTrainedModel, batch: Tensor, options: reachability.ReachabilityOptions, *, do_sample: bool
-) -> tuple[Tensor, int]:
-    sampling = _TASK_SAMPLING if do_sample else {"do_sample": False}
-    return model.generate(batch, max_new_tokens=options.max_answer_length, **sampling), 0
-
-
-def _hard_problem(model: PreTrainedModel, options: reachability.ReachabilityOptions, seed: int) -> reachability.Problem:
-    """The first unseen problem of the most hops that greedy decoding gets wrong."""
-    unseen = reachability.evaluation_problems(options, 40, hops=[options.max_hops], seed=seed)
-    prompts = torch.tensor([reachability.prompt_ids(problem, options) for problem in unseen])
-    answers, _ = _plain(model, prompts, options, do_sample=False)
-    for problem, answer in zip(unseen, answers[:, prompts.shape[1] :].tolist(), strict=True):
-        if not reachability.check_answer(problem, answer, options).correct:
-            return problem
-    return unseen[0]
-
-
-def _length(answer: list[int]) -> int:
-    """Tokens up to the end of text, itself included."""
-    return answer.index(reachability.EOS) + 1 if reachability.EOS in answer else len(answer)
 
 
 @app.command(name="generate")

@@ -1,4 +1,4 @@
-"""The rolling tree on a terminal: one picture per decision.
+"""What the command line shows: the rolling tree, one picture per decision; a comparison; progress.
 
 Contract
 --------
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -22,6 +23,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from lbr_kernels.decoding.loop import StepView
+from lbr_kernels.evaluation.demo import Measured
+from lbr_kernels.evaluation.statistics import wilson_interval
 
 Decode = Callable[[list[int]], str]
 
@@ -34,6 +37,25 @@ def progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
+
+
+def comparison(rows: list[Measured]) -> Table:
+    """Ways of decoding side by side, with accuracies if problems were judged."""
+    judged = all(row.problems for row in rows)
+    table = Table()
+    table.add_column("decoding", no_wrap=True)
+    if judged:
+        table.add_column("accuracy", justify="right")
+        table.add_column("95 %", justify="right", style="dim", no_wrap=True)
+    table.add_column("committed tokens/s", justify="right")
+    table.add_column("forwarded nodes/token", justify="right")
+    for row in rows:
+        cells = [row.name]
+        if judged:
+            low, high = wilson_interval(row.correct, row.problems)
+            cells += [f"{row.correct / row.problems:.3f}", f"{low:.2f}-{high:.2f}"]
+        table.add_row(*cells, f"{row.tokens / row.seconds:,.0f}", f"{row.nodes / row.tokens:.2f}")
+    return table
 
 
 class TreeView:
@@ -69,31 +91,34 @@ class TreeView:
         choice = int(step.choice[0])
         if choice < 0:
             return
-        tokens = step.tokens[0].tolist()
-        probabilities = step.router_log_probs[0].exp().tolist()
         if self._live is None:
-            self.console.print(self._line(step.step, tokens, probabilities, choice), highlight=False)
+            self.console.print(self._line(step), highlight=False)
         else:
-            self._live.update(self._picture(step.step, tokens, probabilities, choice), refresh=True)
+            self._live.update(self.picture(step), refresh=True)
             time.sleep(self.pause)
-        self.committed.append(tokens[choice])
+        self.committed.append(int(step.tokens[0, choice]))
 
     def _name(self, token: int) -> str:
         """A token as text that shows its edges."""
         return repr(self.decode([token]))[1:-1] or "''"
 
-    def _line(self, step: int, tokens: list[int], probabilities: list[float], choice: int) -> Text:
-        line = Text(f"{step + 1:4}  ")
+    def _line(self, step: StepView) -> Text:
+        tokens, probabilities, choice = _first_row(step)
+        line = Text(f"{step.step + 1:4}  ")
         for candidate in range(min(self.width, _SHOWN)):
             if tokens[candidate] >= 0:
                 mark = "*" if candidate == choice else " "
                 line.append(f"{mark}{self._name(tokens[candidate])} {probabilities[candidate]:.2f}   ")
         return line
 
-    def _picture(self, step: int, tokens: list[int], probabilities: list[float], choice: int) -> RenderableType:
+    def picture(self, step: StepView) -> RenderableType:
+        """The decision behind what is committed so far."""
+        tokens, probabilities, choice = _first_row(step)
+        before, after = self.decode(self.committed), self.decode([*self.committed, tokens[choice]])
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
         text = Text(self.prompt, style="dim")
-        text.append(self.decode(self.committed), style="bold")
-        text.append(self.decode([tokens[choice]]), style="bold green")
+        text.append(after[:same], style="bold")
+        text.append(after[same:], style="bold green")
         table = Table(box=None, padding=(0, 2), show_edge=False)
         for column in ("candidate and what follows", "router", ""):
             table.add_column(column, style="none", header_style="dim")
@@ -109,7 +134,7 @@ class TreeView:
             table.add_row(
                 branch, Text(f"{bar:<{_BAR}} {share:.2f}", style=style), Text("commit" if won else "prune", style)
             )
-        title = f"step {step + 1}: grow, route, prune, shift"
+        title = f"step {step.step + 1}: grow, route, prune, shift"
         return Group(Panel(text, title="text", title_align="left"), Panel(table, title=title, title_align="left"))
 
     def _add_children(self, branch: Tree, tokens: list[int], slot: int, layer: int, style: str) -> None:
@@ -119,3 +144,8 @@ class TreeView:
         for child in range(first, first + min(self.width, _SHOWN)):
             if tokens[child] >= 0:
                 self._add_children(branch.add(Text(self._name(tokens[child]), style)), tokens, child, layer + 1, style)
+
+
+def _first_row(step: StepView) -> tuple[list[int], list[float], int]:
+    """Row 0 of a step: its slots' tokens (negative: none), the candidates' probabilities, the choice."""
+    return step.tokens[0].tolist(), step.router_log_probs[0].exp().tolist(), int(step.choice[0])

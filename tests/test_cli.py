@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,33 @@ def test_build():
     result = run("build")
     assert result.exit_code == 0
     assert re.search(r"compiled kernels: \S+_kernels_[0-9a-f]{12}", result.output)
+
+
+def test_demo():
+    """One decision per line, the verdict, and a row for every way of decoding with what it cost."""
+    result = run("demo", "--problems", "20", "--pause", "0")
+    assert result.exit_code == 0, result.output
+    steps = re.findall(r"^ +(\d+)  .*\*", result.stdout, flags=re.MULTILINE)
+    assert [int(step) for step in steps] == list(range(1, len(steps) + 1))
+    assert re.search(r"answer: (correct|legal, wrong target|not a path of the graph) ", result.output)
+    rows = dict(re.findall(r"│ ((?:plain|LBR)[^│]*?) +│ (.*) │", result.stdout))
+    assert list(rows) == ["plain, sampled", "plain, greedy", *(f"LBR K={k} L={d}" for k in (2, 3) for d in (1, 2))]
+    for name, row in rows.items():
+        accuracy, _, speed, nodes = (cell.strip().replace(",", "") for cell in row.split("│"))
+        assert 0 <= float(accuracy) <= 1
+        assert float(speed) > 0
+        # The plain rows forward each token once; a tree adds at most one layer of nodes per token, plus its first.
+        assert float(nodes) == 1 if name.startswith("plain") else 1 < float(nodes) <= 13
+    assert (
+        run("demo", "--problems", "20", "--pause", "0").stdout.split("each way")[0]
+        == result.stdout.split("each way")[0]
+    )
+
+
+def test_demo_refuses_half_a_pair():
+    result = run("demo", "--problems", "7")
+    assert result.exit_code == 1
+    assert "--problems is 7, expected an even number" in result.output
 
 
 def test_generate(checkpoint):
@@ -107,3 +136,8 @@ def test_tree_view(terminal):
             assert expected in shown, expected
     else:
         assert shown == "   1   <4> 0.20   *<7> 0.50    <7> 0.30   \n"
+
+
+def test_module_is_the_command():
+    shown = subprocess.run([sys.executable, "-m", "lbr_kernels", "--help"], capture_output=True, text=True, check=True)
+    assert "Usage: lbr-kernels" in shown.stdout

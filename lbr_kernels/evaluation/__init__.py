@@ -1,0 +1,1 @@
+"""Tasks, and how an answer to them is judged."""
