@@ -2,9 +2,9 @@
 
     python python/reachability/train.py --seed 0
 
-One CPU thread; the shipped checkpoint took 34 minutes on one core of an AMD EPYC. Writes the checkpoint that the package
-ships (model, tokenizer, ``router-depth1``, ``router-depth2``, all weights in fp16), then reads it back and prints its
-accuracy on unseen graphs.
+One CPU thread; the shipped checkpoint took 34 minutes on one core of an AMD EPYC. Writes the checkpoint that the
+package ships (model, tokenizer, ``router-depth1``, ``router-depth2``, all weights in fp16), then reads it back and
+prints its accuracy on unseen graphs.
 
 The recipe. A small Qwen3 learns to look up edges on random walks, then to answer questions over 1, 1-2 and 1-3 hops.
 From the last stage on the routers learn beside it: at positions of a gold answer the candidates are drawn from the
