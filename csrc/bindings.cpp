@@ -128,7 +128,9 @@ class Checker {
     dtype(name, *t, type);
     shape(name, *t, axes);
     last_contiguous(name, *t);
-    return static_cast<const T*>(t->const_data_ptr());
+    static const T kNothing{};  // an empty tensor may have no address, and null means that it was not given
+    const void* data = t->const_data_ptr();
+    return data ? static_cast<const T*>(data) : &kNothing;
   }
 
   const CpuKernels& kernels(int64_t isa) const {
@@ -243,6 +245,11 @@ void commit_(const std::vector<Tensor>& caches, const Tensor& prefix_lens, const
     check.on_cpu(name.c_str(), cache);
     check.shape(name.c_str(), cache, {{"B", p.batch}, {"H"}, {"S"}, {"D"}});
     check.last_contiguous(name.c_str(), cache);
+    for (int64_t d = 0; d < 4; ++d)
+      check(cache.size(d) <= 1 || cache.stride(d) != 0, name, " is expanded, expected memory of its own");
+    for (size_t other = 0; other < c && cache.numel() > 0; ++other)
+      check(cache.const_data_ptr() != caches[other].const_data_ptr(), name, " is caches[", other,
+            "] again, expected each buffer once");
     const int64_t size = int64_t(cache.element_size());
     parts.push_back({static_cast<char*>(cache.mutable_data_ptr()), cache.size(1), cache.size(3) * size,
                      cache.stride(0) * size, cache.stride(1) * size, cache.stride(2) * size});
@@ -295,7 +302,7 @@ std::tuple<Tensor, Tensor> draw_children(const Checker& check, const Tensor& log
   check(p.vocab >= 1 && p.vocab <= (int64_t(1) << 22), "logits has a vocabulary of ", p.vocab,
         ", expected 1 <= V <= 4194304");
   p.row_index = check.side_input<int64_t>("row_index", row_index, ScalarType::Long, {{"rows"}});
-  p.rows = p.row_index ? row_index->size(0) : p.logit_rows;
+  p.rows = row_index ? row_index->size(0) : p.logit_rows;
   p.uniforms = check.side_input<double>("uniforms", uniforms, ScalarType::Double, {{"rows", p.rows}, {"K"}});
   p.width = uniforms ? uniforms->size(1) : width;
   p.uniforms_stride = uniforms ? uniforms->stride(0) : 0;
@@ -308,6 +315,8 @@ std::tuple<Tensor, Tensor> draw_children(const Checker& check, const Tensor& log
     check(row_filters->is_contiguous(), "row_filters is not contiguous, expected a dense tensor");
     for (int64_t r = 0; r < p.logit_rows; ++r) {
       const double* f = p.row_filters + 4 * r;
+      check(f[1] >= 0 && f[1] <= 0x1p53 && f[1] == std::floor(f[1]), "top_k[", r, "] is ", f[1],
+            ", expected an integer >= 0");
       check_filters(check, {f[0], int64_t(f[1]), f[2], f[3]}, r);
     }
   }
@@ -378,7 +387,7 @@ std::tuple<Tensor, Tensor> route(const Tensor& hidden, const Tensor& weights, in
                            2 * encoder + (independent ? mlp : encoder) + (mlp_score ? dim * (dim + 2) + 1 : dim);
   p.weights = check.side_input<float>("weights", weights, ScalarType::Float, {{"parameters", expected}});
   check(temperature > 0 && temperature < INFINITY, "temperature is ", temperature, ", expected a finite number > 0");
-  p.temperature = float(temperature);
+  p.temperature = temperature;
   p.uniforms = check.side_input<double>("uniforms", uniforms, ScalarType::Double, {{"B", p.batch}});
   p.valid = check.side_input<bool>("valid", valid, ScalarType::Bool, {{"B", p.batch}, {"T", nodes}});
   check(!p.valid || valid->is_contiguous(), "valid is not contiguous, expected a dense tensor");
@@ -406,7 +415,11 @@ std::tuple<Tensor, Tensor> route(const Tensor& hidden, const Tensor& weights, in
   p.hidden = hidden.const_data_ptr();
   p.log_probs = static_cast<float*>(log_probs.mutable_data_ptr());
   p.choice = static_cast<int64_t*>(choice.mutable_data_ptr());
+  std::vector<char> finite(p.batch, true);
+  p.finite = reinterpret_cast<bool*>(finite.data());
   check.kernels(isa).route(p, kTorchPool);
+  for (int64_t b = 0; b < p.batch; ++b)
+    check(finite[b], "hidden row ", b, " has a score that is not finite, expected finite hidden states and weights");
   return {log_probs, choice};
 }
 

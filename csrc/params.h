@@ -97,12 +97,13 @@ struct RouteParams {
   const float* weights;
   int64_t batch, nodes, hidden_size, width, depth, dim, num_heads, ffn_dim;
   bool mlp_score, independent, input_norm;
-  float temperature;
+  double temperature;
   const double* uniforms;  // [batch] in [0, 1); null: the most likely
   const bool* valid;       // [batch, nodes], dense; null: all
   const bool* active;      // [batch]; null: all
   float* log_probs;        // [batch, width]
   int64_t* choice;         // [batch]; -1 where not active
+  bool* finite;            // [batch], true on entry: whether all scores of an active row are finite
 };
 
 }  // namespace lbr

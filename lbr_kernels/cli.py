@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lbr_kernels import ops
@@ -34,7 +35,7 @@ WIDTH = 3  # of the tree that the demo shows
 
 def fail(message: str) -> typer.Exit:
     """Print an error in one plain line; to be raised."""
-    console.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+    console.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
     return typer.Exit(1)
 
 
@@ -57,7 +58,7 @@ def demo(
     prompt = shipped.prompts([first])
     text = reachability.to_text(prompt[0].tolist(), shipped.options)
     title = "edges, the two targets, the root: one that greedy decoding gets wrong"
-    console.print(Panel(text, title=title, title_align="left"), highlight=False)
+    console.print(Panel(Text(text), title=title, title_align="left"))
 
     def spell(tokens: list[int]) -> str:
         return reachability.to_text(tokens, shipped.options).replace(reachability.CONTINUES, "")
@@ -109,6 +110,10 @@ def generate_command(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise fail(f"--dtype is {dtype!r}, expected auto, float32, bfloat16 or float16")
     try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise fail(f"--device is {device!r}: {str(error).splitlines()[0]}") from error
+    try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
         loaded = loaded.to(device).eval()
@@ -146,7 +151,7 @@ def generate_command(
     assert isinstance(out, LBRGenerateOutput)
     assert out.stats is not None
     text = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    console.print(Panel(text, title="text", title_align="left"), highlight=False)
+    console.print(Panel(Text(text), title="text", title_align="left"))
     # The phases of decoding alone: drawing the tree is not among them.
     ours = sum(out.stats.seconds.values())
     rows = [Measured(f"LBR K={width} L={depth}", out.stats.committed_tokens, ours, out.stats.forwarded_nodes)]
@@ -182,7 +187,7 @@ def info() -> None:
     console.print(devices, highlight=False)
 
     reason = _extension.load()
-    console.print(f"compiled kernels: {reason or _extension.library_path()}", highlight=False, soft_wrap=True)
+    console.print(Text(f"compiled kernels: {reason or _extension.library_path()}"), soft_wrap=True)
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for kind in kinds:
         table = Table(title=f"ops on {kind}", title_justify="left")
@@ -193,7 +198,7 @@ def info() -> None:
             # The last of the instruction sets that run is the one that "cpu" stands for.
             takes = f"cpu ({runs[-1].removeprefix('cpu-')})" if "cpu" in runs else "reference"
             refused = "\n".join(f"{name}: {why}" for name, why in reasons.items() if why is not None)
-            table.add_row(op, takes, refused or "-")
+            table.add_row(op, takes, Text(refused or "-"))
         console.print(table, highlight=False)
 
 
@@ -211,4 +216,4 @@ def build() -> None:
     """Compile the C++ kernels now instead of at their first use."""
     if (reason := _extension.load()) is not None:
         raise fail(reason)
-    console.print(f"compiled kernels: {_extension.library_path()}", highlight=False, soft_wrap=True)
+    console.print(Text(f"compiled kernels: {_extension.library_path()}"), soft_wrap=True)

@@ -222,7 +222,7 @@ class Router(nn.Module):
 
         Keyword arguments go to ``huggingface_hub.snapshot_download`` (``revision``, ``token``, ...). Weights stored
         in half precision are widened to fp32. Raises ``FileNotFoundError`` if a file is missing and ``ValueError`` if
-        the configuration has an unknown entry.
+        the configuration lacks an entry or has an unknown one.
         """
         path = Path(source)
         if not path.is_dir():
@@ -233,6 +233,8 @@ class Router(nn.Module):
         known = {field.name for field in fields(RouterConfig)}
         if unknown := sorted(set(entries) - known):
             raise ValueError(f"{path / CONFIG_NAME}: unknown entries {unknown}, known are {sorted(known)}")
+        if "hidden_size" not in entries:
+            raise ValueError(f"{path / CONFIG_NAME}: hidden_size is missing")
         router = cls(RouterConfig(**entries))
         router.load_state_dict({name: t.float() for name, t in load_file(path / WEIGHTS_NAME).items()})
         return router

@@ -58,13 +58,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def tiny_model(family: str, *, seed: int = 0, scale: float = 0.2, **change: Any) -> PreTrainedModel:
+def tiny_model(
+    family: str, *, seed: int = 0, scale: float = 0.2, attn_implementation: str | None = None, **change: Any
+) -> PreTrainedModel:
     """A random model whose next-token distributions are neither flat nor peaked."""
     config = AutoConfig.for_model(family, **{**FAMILIES[family], **change})
     torch.manual_seed(seed)
     # Older transformers let SDPA pass over a soft-cap in silence.
-    attention = {"attn_implementation": "eager"} if "attn_logit_softcapping" in FAMILIES[family] else {}
-    model = AutoModelForCausalLM.from_config(config, **attention).float().eval()
+    if "attn_logit_softcapping" in FAMILIES[family]:
+        attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).float().eval()
     for name, parameter in model.named_parameters():
         if "norm" not in name and parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=scale)

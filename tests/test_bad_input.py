@@ -56,6 +56,7 @@ def with_value(shape, index, value, dtype=torch.float32, fill=0):
     return tensor
 
 
+CACHE = torch.randn(2, 2, 20, 16)
 SHAPE3 = torch.randn(4, 3, 16)
 TABLE = {
     # tree_attention
@@ -141,6 +142,14 @@ TABLE = {
         commit(sources=i32(0, 4).view(2, 1)),
         "sources[1, 0] is 4, expected prefix_lens + source < S = 20 with prefix_lens = 16",
     ),
+    "an expanded cache": (
+        commit(caches=[torch.randn(1, 2, 20, 16).expand(2, -1, -1, -1)]),
+        "caches[0] is expanded, expected memory of its own",
+    ),
+    "a cache twice": (
+        commit(caches=[CACHE, torch.randn(2, 1, 20, 8), CACHE]),
+        "caches[2] is caches[0] again, expected each buffer once",
+    ),
     "moves": (commit(num_moves=i32(1, 3)), "num_moves[1] is 3, expected 0 <= count <= M = 2"),
     "advance": (commit(advance=3), "advance for row 0 is 3, expected 0 <= advance <= its moves = 2"),
     "row advance": (commit(advance=i32(2, -1)), "advance for row 1 is -1, expected 0 <= advance <= its moves = 2"),
@@ -174,6 +183,12 @@ TABLE = {
         "temperature[1] is -2, expected a finite number > 0",
     ),
     "top_k": (sample(top_k=-1), "top_k is -1, expected an integer >= 0"),
+    "half a top_k": (
+        sample(top_k=torch.tensor([3, 0.5])),
+        "top_k[1] is 0.5, expected an integer >= 0",
+    ),
+    "endless top_k": (sample(top_k=torch.tensor([INF, 0])), "top_k[0] is inf, expected an integer >= 0"),
+    "NaN top_k": (sample(top_k=torch.tensor([0, NAN])), "top_k[1] is nan, expected an integer >= 0"),
     "top_p": (sample(top_p=1.5), "top_p is 1.5, expected 0 <= top_p <= 1"),
     "min_p": (top(min_p=-0.5), "min_p is -0.5, expected 0 <= min_p <= 1"),
     "row index": (
@@ -209,6 +224,14 @@ TABLE = {
     "router uniforms": (
         routing(uniforms=torch.tensor([0.5, -0.1], dtype=torch.float64)),
         "uniforms[1] is -0.1, expected 0 <= u < 1",
+    ),
+    "NaN hidden": (
+        routing(hidden=with_value((2, 12, 20), (1, 3, 4), NAN)),
+        "hidden row 1 has a score that is not finite, expected finite hidden states and weights",
+    ),
+    "infinite hidden": (
+        routing(hidden=with_value((2, 12, 20), (0, 0, 4), INF), uniforms=torch.zeros(2, dtype=torch.float64)),
+        "hidden row 0 has a score that is not finite, expected finite hidden states and weights",
     ),
     "valid dtype": (routing(valid=torch.ones(2, 12)), "valid has dtype torch.float32, expected torch.bool"),
     "no candidate": (

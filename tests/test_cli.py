@@ -141,3 +141,29 @@ def test_tree_view(terminal):
 def test_module_is_the_command():
     shown = subprocess.run([sys.executable, "-m", "lbr_kernels", "--help"], capture_output=True, text=True, check=True)
     assert "Usage: lbr-kernels" in shown.stdout
+
+
+def test_brackets_are_text(checkpoint):
+    """Nothing that comes from outside is read as markup."""
+    result = run("generate", "--model", "/nonexistent[/x]", "--prompt", "a")
+    assert result.exit_code == 1
+    assert "cannot load '/nonexistent[/x]'" in result.output
+    result = run("generate", "--model", str(checkpoint), "--prompt", "a[/b]", "--max-new-tokens", "2", "--no-compare")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("device", ["cuda", "nothing"])
+def test_a_device_that_is_not_there(checkpoint, device):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    result = run("generate", "--model", str(checkpoint), "--prompt", "a", "--device", device)
+    assert result.exit_code == 1
+    assert f"error: --device is '{device}'" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_router_without_its_size(checkpoint, tmp_path):
+    (tmp_path / "router_config.json").write_text("{}")
+    result = run("generate", "--model", str(checkpoint), "--prompt", "a", "--router", str(tmp_path))
+    assert result.exit_code == 1
+    assert "hidden_size is missing" in result.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from models import tiny_llama, tiny_model
@@ -32,6 +33,7 @@ from transformers.generation.streamers import BaseStreamer
 from lbr_kernels import LBRConfig, LBRGenerateOutput, Router, UnsupportedModelError, check_model, generate
 from lbr_kernels.decoding import adapter
 
+NAN, INF = float("nan"), float("inf")
 SAMPLED = {"do_sample": True, "top_k": 0}
 IDS = torch.tensor([[7, 3, 9, 4], [1, 8, 8, 2]])
 
@@ -199,6 +201,22 @@ def letters_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
+class EndsAtToken(StoppingCriteria):
+    """A row is done at the step at which it commits an odd token."""
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        return input_ids[:, -1] % 2 == 1
+
+
+def test_rows_without_an_end_token_are_done_one_by_one(llama):
+    """As with model.generate: the call ends when each row has been done at some step, not all at the same one."""
+    inputs = padded(random_prompts([4, 7, 2]))
+    settings = {"max_new_tokens": 40, "stopping_criteria": [EndsAtToken()], "do_sample": False}
+    want = llama.generate(**inputs, **settings)
+    assert want.shape[1] < 47
+    assert torch.equal(generate(llama, **inputs, width=1, **settings), want)
+
+
 def test_stop_strings(llama):
     plain = generate(
         llama, IDS[:1], max_new_tokens=40, generator=seeded(4), suppress_tokens=list(range(26, 53)), **SAMPLED
@@ -272,6 +290,30 @@ def test_a_returned_cache_can_be_continued(family):
     assert cache.get_seq_length() == 13
     again = model.generate(first.sequences, past_key_values=cache, max_new_tokens=11, do_sample=False)
     assert torch.equal(again, want)
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_the_callers_cache_holds_the_text(llama, return_dict, sequences):
+    """Whatever is returned, and also if all prompts are padded: the next turn goes on from the caller's cache."""
+    ids, mask = torch.tensor([[0, 0, 5, 6, 7], [0, 0, 0, 6, 9]]), torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 1, 1]])
+    cache = DynamicCache()
+    out = generate(
+        llama, ids, attention_mask=mask, past_key_values=cache, width=2, max_new_tokens=5, generator=seeded(0),
+        num_return_sequences=sequences, return_dict_in_generate=return_dict, **SAMPLED,
+    )  # fmt: skip
+    text = out.sequences if return_dict else out
+    assert cache.get_seq_length() == 9
+    mask = torch.cat([mask.repeat_interleave(sequences, 0), torch.ones(2 * sequences, 5, dtype=torch.int64)], dim=1)
+    fresh = llama.generate(text, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    again = llama.generate(text, attention_mask=mask, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert torch.equal(again, fresh)
+
+
+def test_a_cache_needs_left_padding(llama):
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    with pytest.raises(ValueError, match="past_key_values needs an attention_mask whose padding is on the left"):
+        generate(llama, IDS, attention_mask=mask, past_key_values=DynamicCache(), max_new_tokens=2)
 
 
 def test_returned_cache_of_a_ragged_batch(llama):
@@ -430,6 +472,63 @@ class Poisons(LogitsProcessor):
         return scores
 
 
+@pytest.mark.parametrize("scores", [[NAN, NAN, NAN], [NAN, 1.0, 1.0], [-INF, -INF, -INF], [INF, 0.0, 0.0]], ids=str)
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_a_router_that_decides_nothing_is_refused(llama, scores, do_sample):
+    with pytest.raises(ValueError, match=r"generate: router returned the scores .* for row 0, expected numbers below"):
+        generate(
+            llama, IDS, router=lambda h, v: torch.tensor(scores).expand(len(h), 3), max_new_tokens=4,
+            do_sample=do_sample, candidate_min_p=0.0,
+        )  # fmt: skip
+
+
+def test_a_router_may_exclude_candidates(llama):
+    def second_only(hidden: Tensor, valid: Tensor) -> Tensor:
+        return torch.tensor([-INF, 0.0, -INF]).expand(len(hidden), 3)
+
+    choices = []
+    settings = {"router_temperature": 1e-40, "generator": seeded(0), "on_step": lambda s: choices.append(s.choice)}
+    generate(llama, IDS, router=second_only, max_new_tokens=9, **settings, **SAMPLED)
+    assert (torch.stack(choices) == 1).all()
+
+
+def test_a_broken_router_is_refused(llama):
+    router = trained_looking_router(llama, 1)
+    with torch.no_grad():
+        router.cls[0] = NAN
+    for backend in (None, "reference"):
+        with pytest.raises(RuntimeError, match="route: hidden row 0 has a score that is not finite"):
+            generate(llama, IDS, router=router, max_new_tokens=4, backend=backend, **SAMPLED)
+
+
+def test_checkpointing_in_training_is_refused():
+    model = tiny_llama(seed=8).train()
+    model.model.gradient_checkpointing = True
+    with pytest.raises(ValueError, match="in training mode with gradient checkpointing"):
+        generate(model, IDS, max_new_tokens=2)
+    assert generate(model.eval(), IDS, max_new_tokens=2).shape == (2, 6)
+
+
+def test_the_default_dtype_changes_nothing(llama):
+    def run() -> LBRGenerateOutput:
+        return generate(llama, IDS, max_new_tokens=5, generator=seeded(0), return_dict_in_generate=True, **SAMPLED)
+
+    want = run()
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got.sequences, want.sequences)
+    assert got.trajectory.node_log_probs.dtype == got.trajectory.router_log_probs.dtype == torch.float32
+
+
+def test_numpys_integers_are_integers(llama):
+    want = generate(llama, IDS, width=2, depth=2, max_new_tokens=4, generator=seeded(0), **SAMPLED)
+    got = generate(llama, IDS, width=np.int64(2), depth=np.int32(2), max_new_tokens=4, generator=seeded(0), **SAMPLED)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("do_sample", [True, False])
 def test_impossible_distributions_are_refused(llama, do_sample):
     with pytest.raises(RuntimeError, match="logits row 1 holds NaN"):
@@ -530,6 +629,70 @@ def test_threads_on_one_model(llama):
     assert torch.equal(first, alone[0])
     assert torch.equal(second, alone[1])
     torch.testing.assert_close(third, logits.expand(60, -1, -1, -1))
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2", "llama"])
+def test_forwards_beside_a_tree_are_the_models_own(family):
+    """Criteria, streamers, routers, observers and other threads may use the model: sinks and soft-caps are theirs."""
+    model = tiny_model(family, attn_implementation="eager")
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.constant_(parameter, 2.0)
+    with torch.no_grad():
+        want = model(input_ids=IDS).logits
+    seen: dict[str, list[Tensor]] = {}
+
+    def look(who: str) -> None:
+        with torch.no_grad():
+            seen.setdefault(who, []).append(model(input_ids=IDS).logits)
+
+    class Looks(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+            look("criterion")
+            generate(model, IDS[:1], width=2, max_new_tokens=2, **SAMPLED)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    class Shows(BaseStreamer):
+        def put(self, value: Tensor) -> None:
+            look("streamer")
+
+        def end(self) -> None: ...
+
+    def router(hidden: Tensor, valid: Tensor) -> Tensor:
+        look("router")
+        thread = threading.Thread(target=look, args=("thread",))
+        thread.start()
+        thread.join()
+        return hidden[:, :3, 0]
+
+    def observe(step: object) -> None:
+        look("observer")
+
+    prompt = {"inputs": IDS[:1], "max_new_tokens": 4, "depth": 2}
+    alone = generate(model, **prompt, router=lambda h, v: h[:, :3, 0], generator=seeded(0), **SAMPLED)
+    got = generate(
+        model, **prompt, router=router, generator=seeded(0), on_step=observe, streamer=Shows(),
+        stopping_criteria=[Looks()], **SAMPLED,
+    )  # fmt: skip
+    assert torch.equal(got, alone)
+    assert set(seen) == {"criterion", "streamer", "router", "thread", "observer"}
+    for who, logits in seen.items():
+        for one in logits:
+            assert torch.equal(one, want), who
+
+
+def test_two_models_with_one_config():
+    """What is set on a config for one of them is not taken for the other's, nor left behind."""
+    first = tiny_llama(seed=7)
+    second = type(first)(first.config).eval()
+    models = (first, second)
+    alone = [generate(m, IDS, depth=2, max_new_tokens=20, generator=seeded(0), **SAMPLED) for m in models]
+    for _ in range(3):
+        got = run_threads(
+            *(lambda m=m: generate(m, IDS, depth=2, max_new_tokens=20, generator=seeded(0), **SAMPLED) for m in models)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True))
+        assert first.config._attn_implementation == "sdpa"
 
 
 def test_training_mode_is_kept():

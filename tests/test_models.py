@@ -97,3 +97,41 @@ def test_a_model_without_a_head():
     model = tiny_llama(seed=4)
     model.get_output_embeddings = lambda: None
     assert "no output head" in check_model(model).reason
+
+
+@pytest.mark.parametrize("vocab_size", [2, 4, 9, 18, 53])
+def test_equal_candidates_do_not_confuse_the_check(vocab_size):
+    """With a small vocabulary siblings of the random tree are often equal."""
+    for seed in range(4):
+        assert check_model(tiny_llama(vocab_size=vocab_size, seed=seed, pad_token_id=0)).reason is None
+    assert check_model(tiny_model("gpt_oss", sliding_window=128)).reason is None
+
+
+def test_the_check_leaves_every_module_in_its_mode():
+    model = tiny_llama(seed=5)
+    model.model.layers[1].train()
+    before = [module.training for module in model.modules()]
+    assert check_model(model).reason is None
+    assert [module.training for module in model.modules()] == before
+
+
+def test_a_refusal_is_not_for_ever():
+    """Weights that were wrong when the model was first looked at, and are right now."""
+    model = tiny_llama(seed=6)
+    good = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.lm_head.weight.fill_(1)
+        model.model.layers[0].mlp.up_proj.weight.fill_(torch.nan)
+    assert check_model(model).reason is not None
+    model.load_state_dict(good)
+    assert check_model(model).reason is None
+
+
+def test_another_attention_is_another_check():
+    """SDPA passes over Gemma 2's soft-cap: what holds for the eager model does not hold for it."""
+    model = tiny_model("gemma2")
+    assert check_model(model).reason is None
+    model.config._attn_implementation = "sdpa"
+    assert check_model(model).reason is not None
+    model.config._attn_implementation = "eager"
+    assert check_model(model).reason is None

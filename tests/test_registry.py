@@ -86,3 +86,31 @@ def test_backends_says_why():
     for reasons in table.values():
         assert reasons["reference"] is None
     assert "takes tensors on cpu" in ops.backends("cuda")["route"]["cpu"]
+
+
+def test_gradients_are_the_references():
+    """Where a gradient is wanted the reference runs; a kernel asked for by name says that it has none."""
+    _, a = attention()
+    a["query"].requires_grad_()
+    ops.tree_attention(**a).sum().backward()
+    assert a["query"].grad.abs().sum() > 0
+    with pytest.raises(RuntimeError, match="tree_attention: backend 'cpu' cannot run: it has no gradient"):
+        ops.tree_attention(**a, backend="cpu")
+    with torch.no_grad():
+        ops.tree_attention(**a, backend="cpu")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_commit_tells_autograd(backend):
+    """A backward pass that has kept a cache finds out that it was overwritten; one that requires a gradient is safe."""
+    _, a = commit()
+    weight = torch.randn(2, 2, 20, 16, requires_grad=True)
+    product = (weight * a["caches"][0]).sum()
+    ops.commit_(**a, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with pytest.raises(RuntimeError, match=r"commit_: caches\[0\] requires a gradient"):
+        ops.commit_([weight], a["prefix_lens"], a["sources"], backend=backend)
+    with torch.inference_mode():
+        caches = [torch.zeros(2, 2, 20, 16)]
+        ops.commit_(caches, torch.tensor([5, 6], dtype=torch.int32), a["sources"], backend=backend)

@@ -146,3 +146,19 @@ def test_strided_hidden(backend):
     got = ops.route(view, router.packed(), width=3, depth=1, backend=backend)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [1e-9, 1e-40, 1e-300])
+def test_small_temperatures_make_the_best_certain(backend, temperature):
+    router = random_router(2, 20, 16)
+    hidden = torch.randn(4, 12, 20, generator=torch.Generator().manual_seed(0))
+    _, best = ops.route(hidden, router.packed(), width=3, depth=2, backend=backend)
+    for uniform in (0.0, 0.5, 1 - 2**-53):
+        uniforms = torch.full((4,), uniform, dtype=torch.float64)
+        log_probs, choice = ops.route(
+            hidden, router.packed(), width=3, depth=2, temperature=temperature, uniforms=uniforms, backend=backend
+        )
+        assert torch.equal(choice, best)
+        assert (log_probs.gather(1, best[:, None]).abs() < 1e-6).all()
+        assert not log_probs.isnan().any()

@@ -179,3 +179,14 @@ def test_extreme_uniforms(backend):
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]])
     uniforms = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
     assert ops.sample_children(logits, uniforms, backend=backend)[0].tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend):
+    """An empty index asks for no rows; it is not the same as none given."""
+    logits, index = torch.randn(4, 9), torch.empty(0, dtype=torch.int64)
+    tokens, log_probs = ops.top_children(logits, 2, row_index=index, backend=backend)
+    assert tokens.shape == log_probs.shape == (0, 2)
+    uniforms = torch.empty(0, 3, dtype=torch.float64)
+    tokens, log_probs = ops.sample_children(logits, uniforms, row_index=index, backend=backend)
+    assert tokens.shape == log_probs.shape == (0, 3)

@@ -317,3 +317,28 @@ def test_empty_batch_and_no_queries(backend):
     assert ops.tree_attention(**none, backend=backend).shape == (0, 4, 5, 16)
     p["query"] = p["query"][:, :, :0]
     assert ops.tree_attention(**p, backend=backend).shape == (2, 4, 0, 16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", [0, 7, 69, 70, 73])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_nan_that_is_seen_is_passed_on(backend, place, softcap):
+    """A NaN in a visible key makes the output and its log-sum-exp NaN, wherever it stands, and in no other head."""
+    p = problem(B=1, Hk=2, T=4, N=4, spare=0)
+    p["ancestors"][:] = 15
+    p["key_cache"] = p["key_cache"].nan_to_num(0.5)
+    p["value_cache"] = p["value_cache"].nan_to_num(0.5)
+    p["key_cache"][0, 0, place, 3] = torch.nan
+    out, lse = ops.tree_attention(**p, softcap=softcap, return_lse=True, backend=backend)
+    assert out[:, :2].isnan().all()
+    assert lse[:, :2].isnan().all()
+    assert out[:, 2:].isfinite().all()
+    assert lse[:, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_tree(backend):
+    p = problem(T=3, N=0)
+    assert ops.tree_attention(**p, backend=backend).shape == (2, 4, 0, 16)
+    p = {**p, "ancestors": torch.empty(1, 0, 0, dtype=torch.int64)}
+    assert ops.tree_attention(**p, backend=backend).shape == (2, 4, 0, 16)

@@ -2,7 +2,7 @@
 //
 // A state stands for a set of (score, value) pairs: the largest score, and the sums of exp(score - max) and of
 // exp(score - max) * value. The empty set is (-inf, 0, 0). Merging is the union of two sets; it is associative up to
-// rounding, so pieces are always merged in the same order, whoever computed them.
+// rounding, so pieces are always merged in the same order, whoever computed them. One NaN score makes the sums NaN.
 #pragma once
 
 #include <math.h>
@@ -38,9 +38,11 @@ static inline void merge_sink(OnlineSoftmax& into, float* into_values, float sin
   for (int64_t d = 0; d < dim; ++d) into_values[d] *= keep;
 }
 
-static inline float log_sum_exp(OnlineSoftmax state) { return state.sum > 0 ? state.max + logf(state.sum) : -INFINITY; }
+static inline float log_sum_exp(OnlineSoftmax state) {
+  return state.sum == 0 ? -INFINITY : state.max + logf(state.sum);
+}
 
 // What the values' sums are divided by: 0 for the empty set, whose result is zero.
-static inline float normaliser(OnlineSoftmax state) { return state.sum > 0 ? 1.0f / state.sum : 0.0f; }
+static inline float normaliser(OnlineSoftmax state) { return state.sum == 0 ? 0.0f : 1.0f / state.sum; }
 
 }  // namespace lbr::LBR_ISA

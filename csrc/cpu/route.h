@@ -325,7 +325,10 @@ class RowRouter {
       linear(w.score, candidates, p.dim, count, scores, 1, pool_);
     }
     float top = -INFINITY;
-    for (int64_t s = 0; s < count; ++s) top = scores[s] > top ? scores[s] : top;
+    for (int64_t s = 0; s < count; ++s) {
+      top = scores[s] > top ? scores[s] : top;
+      p.finite[b] &= isfinite(scores[s]);
+    }
     double sum = 0;
     for (int64_t s = 0; s < count; ++s) sum += ::exp(double(scores[s] - top) / p.temperature);
     for (int64_t k = 0, s = 0; k < p.width; ++k)

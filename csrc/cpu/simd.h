@@ -132,6 +132,7 @@ static inline vfloat select(vint condition, vfloat yes, vfloat no) {
   return (vfloat)((condition & (vint)yes) | (~condition & (vint)no));
 }
 
+// Of a NaN and a number these give the second operand.
 static inline vfloat max(vfloat a, vfloat b) { return select(a > b, a, b); }
 static inline vfloat min(vfloat a, vfloat b) { return select(a < b, a, b); }
 
@@ -147,10 +148,10 @@ static inline float horizontal_max(vfloat v) {
   return best;
 }
 
-// e^x within 2 ulp for x <= 88; exactly 0 below -87, so that what is masked by -inf counts for nothing.
+// e^x within 2 ulp for x <= 88; exactly 0 below -87, so that what is masked by -inf counts for nothing. NaN stays NaN.
 static inline vfloat exp(vfloat x) {
   const vfloat round_magic = splat(0x1.8p23f);
-  const vfloat clamped = max(min(x, splat(88.0f)), splat(-87.0f));
+  const vfloat clamped = max(splat(-87.0f), min(splat(88.0f), x));
   const vfloat shifted = fma(clamped, splat(1.44269504f), round_magic);
   const vfloat n = shifted - round_magic;
   vfloat r = fma(n, splat(-0x1.62e400p-1f), clamped);  // ln 2 in two parts
@@ -163,12 +164,12 @@ static inline vfloat exp(vfloat x) {
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r) + 1.0f;
   const vint exponent = (vint)shifted << 23;  // n sits in the low bits of the shifted sum
-  return select(x < splat(-87.0f), splat(0.0f), (vfloat)((vint)p + exponent));
+  return select(x >= splat(-87.0f), (vfloat)((vint)p + exponent), max(splat(0.0f), x));
 }
 
 // Within 2 ulp: near 0, where 1 - 2 / (e^2x + 1) cancels, the odd polynomial of the Cephes library.
 static inline vfloat tanh(vfloat x) {
-  const vfloat wide = splat(1.0f) - splat(2.0f) / (exp(max(min(x + x, splat(40.0f)), splat(-40.0f))) + 1.0f);
+  const vfloat wide = splat(1.0f) - splat(2.0f) / (exp(max(splat(-40.0f), min(splat(40.0f), x + x))) + 1.0f);
   const vfloat x2 = x * x;
   vfloat p = splat(-5.70498872745e-3f);
   p = fma(p, x2, splat(2.06390887954e-2f));

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,9 +26,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from lbr_kernels.decoding.attention import (
-    IMPLEMENTATION,
     TreeForward,
     attention_implementation,
+    configs_of,
+    own_attention_name,
+    plain_forwards,
     prefill_implementation,
     tree_forward,
 )
@@ -48,13 +49,13 @@ class UnsupportedModelError(ValueError):
 class ModelAdapter:
     """One model, as the decoding loop sees it."""
 
-    def __init__(self, model: PreTrainedModel, *, backend: str | None = None) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         head = model.get_output_embeddings()
         if head is None:
             raise UnsupportedModelError(f"{_name(model)} has no output head (get_output_embeddings() is None)")
         self.model = model
         self.head: nn.Module = head
-        self.backend = backend
+        self._configs = configs_of(model)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -72,12 +73,6 @@ class ModelAdapter:
         limit = getattr(config, "max_position_embeddings", None)
         return None if rotary or limit is None or getattr(config, "alibi", False) else int(limit) - 1
 
-    @contextmanager
-    def session(self) -> Iterator[None]:
-        """Forwards of trees are allowed inside; calls on one model take turns."""
-        with _lock_of(self.model), attention_implementation(self.model, IMPLEMENTATION):
-            yield
-
     def prefill(
         self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
     ) -> tuple[Tensor, Cache]:
@@ -86,7 +81,7 @@ class ModelAdapter:
         if implementation is None:
             outputs = self.model._prefill(input_ids, generation_config, model_kwargs)
         else:
-            with _lock_of(self.model), attention_implementation(self.model, implementation):
+            with attention_implementation(self._configs, implementation, wait=False):
                 outputs = self.model._prefill(input_ids, generation_config, model_kwargs)
         return outputs.logits[:, -1], outputs.past_key_values
 
@@ -103,7 +98,7 @@ class ModelAdapter:
         Returns:
             The hidden states, and the head's logits after whatever the model does to them.
         """
-        with tree_forward(forward):
+        with tree_forward(forward, self._configs):
             return self._call(
                 select, input_ids=tokens, position_ids=positions, past_key_values=forward.cache, use_cache=True
             )
@@ -114,13 +109,19 @@ class ModelAdapter:
 
     def _call(self, select: Select, **inputs: Any) -> tuple[Tensor, Tensor]:
         seen: list[Tensor] = []
-        caller = threading.get_ident()
+        caller, selecting = threading.get_ident(), False
 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if threading.get_ident() != caller:
-                return None  # another thread's forward of the same model
+            nonlocal selecting
+            if selecting or threading.get_ident() != caller:
+                return None  # a forward of the same model by another thread, or by what `select` calls
             seen.append(args[0])
-            return (select(args[0]), *args[1:])
+            selecting = True
+            try:
+                with plain_forwards():
+                    return (select(args[0]), *args[1:])
+            finally:
+                selecting = False
 
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = 0
@@ -134,12 +135,8 @@ class ModelAdapter:
         return seen[0], outputs.logits
 
 
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_reports: WeakKeyDictionary[nn.Module, ModelReport] = WeakKeyDictionary()
-
-
-def _lock_of(model: nn.Module) -> threading.RLock:
-    return _locks.setdefault(model, threading.RLock())
+# What has passed, by what the outcome depends on; a refusal may have had a cause that goes away.
+_reports: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], ModelReport]] = WeakKeyDictionary()
 
 
 def _name(model: nn.Module) -> str:
@@ -157,20 +154,25 @@ class ModelReport:
 
 
 def check_model(model: PreTrainedModel) -> ModelReport:
-    """Whether trees are exact on ``model``; computed once per model.
+    """Whether trees are exact on ``model``; once it passes, that holds for its dtype, device and attention.
 
     Structure first, then numbers: a random prefix (longer than the model's windows where that is affordable) and a
     random tree behind it, grown, committed and grown again, against plain forwards of every path without a cache. The
     error allowed is relative to the model's own difference between cached and fresh forwards.
     """
-    with _lock_of(model):
-        if model not in _reports:
-            training = model.training
-            try:
-                _reports[model] = _check(model.eval())
-            finally:
-                model.train(training)
-        return _reports[model]
+    key = (model.dtype, model.device, *(own_attention_name(config) for config in configs_of(model)))
+    passed = _reports.setdefault(model, {})
+    if key in passed:
+        return passed[key]
+    training = [module for module in model.modules() if module.training]
+    try:
+        report = _check(model.eval())
+    finally:
+        for module in training:
+            module.training = True
+    if report.reason is None:
+        passed[key] = report
+    return report
 
 
 def require_supported(model: PreTrainedModel) -> None:
@@ -203,8 +205,9 @@ def _structural_reason(model: PreTrainedModel) -> str | None:
 
 
 # A tree and a path of plain forwards sum in different orders; this much of a difference is never held against a model.
+# In fp32 it is what method and tests ask of every node.
 # (Models of doubles compute their norms and rotations in fp32 all the same.)
-_FLOOR = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+_FLOOR = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 _NOISE_FACTOR = 8
 # A model whose own cached decoding is further than this from a fresh forward is not causal.
 _MOST_NOISE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
@@ -253,22 +256,27 @@ def _compare(model: PreTrainedModel) -> ModelReport:
     )
     hidden: dict[tuple[int, ...], Tensor] = {}
     committed: tuple[int, ...] = ()
-    with adapter.session():
-        # Two layers, a commit, one more layer: nodes of every age, and survivors that have moved.
-        for layer in (1, 2, 2):
-            if len(hidden) == tree.num_slots:
-                committed = (int(tree.tokens[0, 1]),)
-                sources, num_moves = tree.commit(torch.ones(1, dtype=torch.int64, device=device), all_active=True)
-                cache.commit(sources, num_moves, all_rows=True, backend=None)
-            growth = tree.grow(layer, random_tokens(_WIDTH**layer))
-            cache.set_base(growth.base)
-            forward = TreeForward(cache, growth.ancestors, None, None)
-            positions = torch.full_like(growth.tokens, length + len(committed) + layer - 1)
-            states, _ = adapter.forward_tree(growth.tokens, positions, forward, lambda states: states[:, :1])
-            if mismatch := _interface_mismatch(cache, forward.windows):
-                return ModelReport(mismatch)
-            paths = tree.tokens[0, path_slots(_WIDTH, layer).flatten(0, 1)].tolist()
-            hidden |= {committed + tuple(path): states[0, slot] for slot, path in enumerate(paths)}
+
+    def grow(layer: int) -> str | None:
+        growth = tree.grow(layer, random_tokens(_WIDTH**layer))
+        cache.set_base(growth.base)
+        forward = TreeForward(cache, growth.ancestors, None, None)
+        positions = torch.full_like(growth.tokens, length + len(committed) + layer - 1)
+        states, _ = adapter.forward_tree(growth.tokens, positions, forward, lambda states: states[:, :1])
+        paths = tree.tokens[0, path_slots(_WIDTH, layer).flatten(0, 1)].tolist()
+        # Of two equal paths the later slot stands for both.
+        hidden.update({(*committed, *path): states[0, slot] for slot, path in enumerate(paths)})
+        return _interface_mismatch(cache, forward.windows)
+
+    # Two layers, a commit, one more layer: nodes of every age, and survivors that have moved.
+    mismatch = grow(1) or grow(2)
+    if mismatch is None:
+        committed = (int(tree.tokens[0, 1]),)
+        sources, num_moves = tree.commit(torch.ones(1, dtype=torch.int64, device=device), all_active=True)
+        cache.commit(sources, num_moves, all_rows=True, backend=None)
+        mismatch = grow(2)
+    if mismatch is not None:
+        return ModelReport(mismatch)
 
     deepest = max(map(len, hidden))
     padded = torch.tensor([[*path, *[0] * (deepest - len(path))] for path in hidden], device=device)

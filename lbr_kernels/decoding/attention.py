@@ -2,15 +2,17 @@
 
 Contract
 --------
-Under the name :data:`IMPLEMENTATION` transformers' attention interface finds :func:`tree_attention_forward`. What it
-needs beside query and keys (the cache with its prefix lengths, the tree's masks) reaches it through a context
-variable that is set around a forward of the tree. A forward without it, from another thread, say, gets transformers'
-SDPA attention with its usual masks.
+Under the name :data:`IMPLEMENTATION` transformers' attention interface finds :func:`tree_attention_forward`, and the
+model's configs say that name for the time of a forward of the tree. What it needs beside query and keys (the cache with
+its prefix lengths, the tree's masks) reaches it through a context variable of the calling thread. Any other forward in
+that time, of another thread or of a callback, gets the attention and the masks that the model was loaded with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lbr_kernels import ops
 from lbr_kernels.decoding.cache import TreeCache
@@ -43,8 +45,21 @@ _current: ContextVar[TreeForward | None] = ContextVar("lbr_kernels_tree_forward"
 
 
 @contextmanager
-def tree_forward(forward: TreeForward) -> Iterator[None]:
-    """Attention inside the block is the tree's."""
+def tree_forward(forward: TreeForward, configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
+    """A forward inside the block is the tree's, for the model whose configs these are."""
+    with attention_implementation(configs, IMPLEMENTATION), _in_context(forward):
+        yield
+
+
+@contextmanager
+def plain_forwards() -> Iterator[None]:
+    """Within a forward of the tree: what is called inside the block may use the model as if there were none."""
+    with _in_context(None):
+        yield
+
+
+@contextmanager
+def _in_context(forward: TreeForward | None) -> Iterator[None]:
     token = _current.set(forward)
     try:
         yield
@@ -75,7 +90,8 @@ def tree_attention_forward(
         extras = {
             "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias
         } | kwargs  # fmt: skip
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **extras)
+        extras = {name: value for name, value in extras.items() if value is not None}
+        output, _ = _own_attention(module)(module, query, key, value, attention_mask, scaling=scaling, **extras)
         return output, None
     if position_bias is not None:
         raise NotImplementedError(f"{type(module).__name__} adds a position bias, which tree attention does not do")
@@ -94,27 +110,85 @@ def tree_attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    return sdpa_mask(*args, **kwargs) if _current.get() is None else None
+def _mask(*args: Any, config: PreTrainedConfig, **kwargs: Any) -> Tensor | None:
+    if _current.get() is not None:
+        return None
+    mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[own_attention_name(config)](*args, config=config, **kwargs)
+    return mask
 
 
 AttentionInterface.register(IMPLEMENTATION, tree_attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
-@contextmanager
-def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """All of the model's attention goes by ``name`` inside the block; its configs are put back after it."""
+@dataclass
+class _Renamed:
+    """A config that says another attention for now. Holding it here keeps its id its own."""
+
+    config: PreTrainedConfig
+    found: str | None
+    name: str
+    users: int = 0
+
+
+_renamed: dict[int, _Renamed] = {}
+_changed = threading.Condition()
+
+
+def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configs that the model's modules hold, each once."""
     found = (getattr(module, "config", None) for module in model.modules())
-    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
-    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
+
+
+@contextmanager
+def attention_implementation(configs: Sequence[PreTrainedConfig], name: str, *, wait: bool = True) -> Iterator[None]:
+    """The configs say ``name`` inside the block, for all threads; the last one to leave puts back what was found.
+
+    While one says another name for somebody else, this waits, or with ``wait=False`` does nothing.
+    """
+    taken: list[_Renamed] = []
     try:
-        for config, _ in before:
-            config._attn_implementation_internal = name
+        with _changed:
+            while any(id(config) in _renamed and _renamed[id(config)].name != name for config in configs):
+                if not wait:
+                    break
+                _changed.wait()
+            else:
+                for config in configs:
+                    new = _Renamed(config, config._attn_implementation_internal, name)
+                    entry = _renamed.setdefault(id(config), new)
+                    taken.append(entry)
+                    entry.users += 1
+                    config._attn_implementation_internal = name
         yield
     finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
+        with _changed:
+            for entry in taken:
+                entry.users -= 1
+                if entry.users <= 0:
+                    entry.config._attn_implementation_internal = entry.found
+                    del _renamed[id(entry.config)]
+            _changed.notify_all()
+
+
+def own_attention_name(config: PreTrainedConfig) -> str | None:
+    """The attention that the model was loaded with."""
+    entry = _renamed.get(id(config))
+    name: str | None = config._attn_implementation if entry is None else entry.found
+    return name
+
+
+def _own_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What an attention module would call, were there no tree."""
+    files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
+    eager = next((file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward")), None)
+    assert isinstance(module.config, PreTrainedConfig)
+    function: Callable[..., tuple[Tensor, Tensor | None]] | None
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(own_attention_name(module.config), eager)
+    if function is None:
+        raise RuntimeError(f"{type(module).__name__} has no eager attention beside it, which its config asks for")
+    return function
 
 
 def prefill_implementation(model: PreTrainedModel) -> str | None:

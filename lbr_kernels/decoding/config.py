@@ -33,8 +33,9 @@ class LBRConfig:
     def __post_init__(self) -> None:
         for name in ("width", "depth"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
                 raise ValueError(f"generate: {name} is {value!r}, expected an integer >= 1")
+            object.__setattr__(self, name, int(value))
         if not 0 < self.router_temperature < math.inf:
             raise ValueError(
                 f"generate: router_temperature is {self.router_temperature!r}, expected a finite number > 0"

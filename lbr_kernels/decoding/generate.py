@@ -54,6 +54,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 # What a model's forward may be given: the loop knows how to carry these on.
 _MODEL_INPUTS = {"attention_mask", "inputs_embeds", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
 
+_LEFT_PADDED_CACHE = "generate: past_key_values needs an attention_mask whose padding is on the left"
+
 
 @dataclass
 class LBRGenerateOutput(GenerateDecoderOnlyOutput):
@@ -123,6 +125,11 @@ def generate(
     _check_keywords(model, kwargs)
     _check_settings(model, kwargs)
     require_supported(model)
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            "generate: the model is in training mode with gradient checkpointing, which allows no cache; "
+            "call model.eval() or model.gradient_checkpointing_disable() first"
+        )
     # Bound here because model.generate keeps these from a decoding method that is not its own.
     streamer, tokenizer = kwargs.get("streamer"), kwargs.pop("tokenizer", None)
     inputs, shown_prompt = _left_align_arguments(inputs, kwargs)
@@ -195,6 +202,7 @@ class _Call:
         }
         with stats.phase("prefill"):
             root_logits, prefilled = adapter.prefill(prompt_ids, generation_config, prompt_kwargs)
+            prompt_columns = prefilled.get_seq_length()
             stats.model_calls += 1
             lens = _prompt_lens(prompt_kwargs.get("attention_mask"), prefilled, len(prompt_ids)).to(device)
             next_positions = _last_positions(prompt_kwargs, lens).to(device).repeat_interleave(repeats) + 1
@@ -233,13 +241,15 @@ class _Call:
             draw_children=do_sample, draw_choice=draw_choice,
             limits=limits, criteria=criteria, streamer=self.streamer, stats=stats,
         )  # fmt: skip
-        with adapter.session():
-            for step in decoder.run(root_logits, torch.arange(rows, device=device) // repeats):
-                if self.on_step is not None:
-                    self.on_step(step)
+        for step in decoder.run(root_logits, torch.arange(rows, device=device) // repeats):
+            if self.on_step is not None:
+                self.on_step(step)
         if self.streamer is not None:
             self.streamer.end()
         sequences = torch.cat([shown, decoder.sequences[:, shown.shape[1] :]], dim=1)
+        returned_cache = None
+        if shown is input_ids and (wants_dict or getattr(past, "_is_user_defined", False)):
+            returned_cache = _returned_cache(decoder, past, lens.repeat_interleave(repeats), prompt_columns)
         if not wants_dict:
             return sequences
 
@@ -273,7 +283,7 @@ class _Call:
             sequences=cast(torch.LongTensor, sequences),
             scores=tuple(decoder.scores) if generation_config.output_scores else None,
             logits=tuple(decoder.raw_logits) if generation_config.output_logits else None,
-            past_key_values=self._returned_cache(decoder, past, lens.repeat_interleave(repeats), shown is input_ids),
+            past_key_values=returned_cache,
             trajectory=trajectory,
             stats=stats,
         )
@@ -286,20 +296,15 @@ class _Call:
             raise ValueError(f"generate: streams has shape {list(streams.shape)}, expected [{rows}]: one per row")
         return streams
 
-    def _returned_cache(
-        self, decoder: TreeDecoder, past: Cache | None, prompt_lens: Tensor, columns_match: bool
-    ) -> DynamicCache | None:
-        """The cache as ``model.generate`` leaves it: everything but the last token; in the caller's object, if any."""
-        if not columns_match:
-            return None
-        lens = prompt_lens + decoder.num_committed
-        prompt_columns = int(prompt_lens.max())
-        layers = decoder.cache.to_dynamic_layers(
-            lens, prompt_columns - prompt_lens, prompt_columns + len(decoder.choices) - 1
-        )
-        cache = past if isinstance(past, DynamicCache) else DynamicCache()
-        cache.layers = layers
-        return cache
+
+def _returned_cache(decoder: TreeDecoder, past: Cache | None, prompt_lens: Tensor, prompt_columns: int) -> DynamicCache:
+    """The cache as ``model.generate`` leaves it: everything but the last token; in the caller's object, if any."""
+    lens = prompt_lens + decoder.num_committed
+    cache = past if isinstance(past, DynamicCache) else DynamicCache()
+    cache.layers = list(
+        decoder.cache.to_dynamic_layers(lens, prompt_columns - prompt_lens, prompt_columns + len(decoder.choices) - 1)
+    )
+    return cache
 
 
 def _merge(config: LBRConfig | None, **given: Any) -> LBRConfig:
@@ -380,6 +385,8 @@ def _left_align_arguments(inputs: Tensor | None, kwargs: dict[str, Any]) -> tupl
     order = _alignment(kwargs.get("attention_mask"))
     if order is None:
         return inputs, None
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError(_LEFT_PADDED_CACHE)
     shown = inputs if inputs is not None else kwargs.get("input_ids")
     for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"):
         if name in kwargs:
@@ -396,8 +403,8 @@ def _alignment(mask: Tensor | None) -> Tensor | None:
 
 def _reorder(value: Any, order: Tensor) -> Any:
     """A tensor ``[B, P, ...]`` with its columns in a new order; anything else as it is."""
-    if isinstance(value, Cache) and value.get_seq_length() > 0:
-        raise ValueError("generate: past_key_values needs an attention_mask whose padding is on the left")
+    if isinstance(value, Cache) and getattr(value, "_is_user_defined", False):
+        raise ValueError(_LEFT_PADDED_CACHE)
     if not isinstance(value, Tensor) or value.shape[:2] != order.shape:
         return value
     index = order.view(*order.shape, *[1] * (value.dim() - 2)).expand(value.shape)

@@ -88,7 +88,7 @@ class TreeDecoder:
     """Decodes one batch of rows. All state is in the attributes below; :meth:`run` is the loop.
 
     Args:
-        adapter: the model, inside its session.
+        adapter: the model.
         cache: the prompts' keys and values, one row per text.
         sequences: int64 ``[B, P]``, the prompts' ids.
         next_positions: int64 ``[B]``, the position of each row's next token.
@@ -127,6 +127,7 @@ class TreeDecoder:
         self.step = 0  # committed tokens of every row that is still active
         self.active = torch.ones(rows, dtype=torch.bool, device=device)
         self.any_active = self.all_active = True
+        self._done = torch.zeros_like(self.active)  # rows for which the criteria have said so, at any step
         self.hidden: Tensor | None = None  # [B, slots, D] of the tree
         self.num_committed = torch.zeros(rows, dtype=torch.int64, device=device)
         self._forwarded = torch.zeros((), dtype=torch.int64, device=device)
@@ -260,9 +261,10 @@ class TreeDecoder:
 
     def _end_rows(self) -> None:
         """Find the rows that have ended with this commit."""
-        done = self.criteria(self.sequences, tuple(self.scores) if self.sampler.keep_scores else None)
+        self._done |= self.criteria(self.sequences, tuple(self.scores) if self.sampler.keep_scores else None)
+        done = self._done
         if len(self.limits.eos_token_ids) == 0 and not bool(done.all()):
-            # As model.generate: without an end token rows go on until all of them are done.
+            # As model.generate: without an end token rows go on until each of them has been done at some step.
             done = torch.zeros_like(done)
         # A row whose next candidates may not be grown (last position) cannot go on either.
         stuck = ~(self._expands(0)[:, 0] if self.tree.depth == 1 else self.tree.valid[:, : self.tree.width].any(1))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lbr_kernels import ops
+from lbr_kernels.ops.route import routing_log_probs
 from lbr_kernels.router import Router
 
 RouterLike = Router | str | Path | Callable[[Tensor, Tensor], Tensor]
@@ -73,7 +74,7 @@ class Routing:
                 uniforms=uniforms, valid=valid, active=active, backend=self.backend,
             )  # fmt: skip
         exists = valid[:, : self.width]
-        scores = torch.zeros(exists.shape, device=exists.device)
+        scores = torch.zeros(exists.shape, dtype=torch.float32, device=exists.device)
         if self.router is not None:
             assert hidden is not None
             assert callable(self.router)
@@ -82,10 +83,22 @@ class Routing:
                 raise ValueError(
                     f"generate: router returned shape {list(scores.shape)}, expected [B, K] = {list(exists.shape)}"
                 )
-            scores = scores.float() / self.temperature
-        scores = scores.masked_fill(~exists, -torch.inf)
-        log_probs = torch.where(active[:, None], scores, 0).log_softmax(-1)
+            scores = scores.float()
+            _check_scores(scores, exists, active)
+        log_probs = routing_log_probs(scores, exists, active, self.temperature)
         return log_probs, torch.where(active, _draw(log_probs, uniforms), -1)
+
+
+def _check_scores(scores: Tensor, exists: Tensor, active: Tensor) -> None:
+    """A function may exclude a candidate by -inf, but not all of them, and may give neither NaN nor +inf."""
+    shown = torch.where(exists & active[:, None], scores, -torch.inf)
+    bad = active & ((shown.isnan() | (shown == torch.inf)).any(-1) | (shown == -torch.inf).all(-1))
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"generate: router returned the scores {scores[row].tolist()} for row {row}, expected numbers below "
+            "infinity, at least one of them finite"
+        )
 
 
 def _draw(log_probs: Tensor, uniforms: Tensor | None) -> Tensor:

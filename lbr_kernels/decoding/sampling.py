@@ -136,7 +136,7 @@ class ChildSampler:
             logits, row_of = scores[frontier.expands], torch.arange(len(row_of), device=row_of.device)
         if len(row_of) == 0:
             tokens = torch.empty((0, self.width), dtype=torch.int64, device=sequences.device)
-            log_probs = torch.empty((0, self.width), device=sequences.device)
+            log_probs = torch.empty((0, self.width), dtype=torch.float32, device=sequences.device)
         elif uniforms is not None:
             drawn = uniforms.view(rows, width, self.width)[frontier.expands]
             tokens, log_probs = ops.sample_children(

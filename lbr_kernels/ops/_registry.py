@@ -9,7 +9,8 @@ Public functions call :func:`call`, which resolves ``backend``:
 * ``"cpu"``: the C++ kernels with the best instruction set of this processor; ``"cpu-portable"``, ``"cpu-avx2"`` and
   ``"cpu-avx512"`` name one.
 
-A backend asked for by name never falls back.
+A backend asked for by name never falls back. Only the reference has gradients: where an argument requires one, it is
+what runs.
 """
 
 from __future__ import annotations
@@ -88,10 +89,18 @@ def _unavailable_cpu(backend: str) -> str | None:
 def call(op: str, backend: str | None, lead: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run ``op`` on the backend for ``lead``, the tensor whose device and dtype decide."""
     dtype = lead.dtype if lead.is_floating_point() else None
+    differentiated = torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values())
+    )
     if backend is None:
-        backend = "reference" if unavailable("cpu", lead.device, dtype) else "cpu"
+        backend = "reference" if differentiated or unavailable("cpu", lead.device, dtype) else "cpu"
     elif (reason := unavailable(backend, lead.device, dtype)) is not None:
         raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
+    elif differentiated and backend != "reference":
+        raise RuntimeError(
+            f"{op}: backend {backend!r} cannot run: it has no gradient, and an argument requires one; "
+            "the nearest accepted backend is 'reference'"
+        )
     if backend == "reference":
         return OPS[op](*args, **kwargs)
     return getattr(torch.ops.lbr_kernels, op)(*args, **kwargs, isa=CPU_BACKENDS[backend])

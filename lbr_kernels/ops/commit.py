@@ -33,7 +33,8 @@ def commit_(
     accepted path of any other tree decoder is such a list too, with ``advance`` its length.
 
     Args:
-        caches: key and value tensors ``[B, H, S, D]`` of any dtype, written in place; H, S and D may differ.
+        caches: key and value tensors ``[B, H, S, D]`` of any dtype, written in place; H, S and D may differ. None
+            may share memory with another, or require a gradient.
         prefix_lens: int32 ``[B]``, written in place.
         sources: int32 ``[B, M]``, node indices, strictly ascending in each row.
         advance: by how much a row's prefix grows, at most its number of moves: a number, or int32 ``[B]``.
@@ -45,10 +46,17 @@ def commit_(
             Nothing is written then.
     """
     per_row = isinstance(advance, Tensor)
+    check = Checker("commit_")
+    for index, cache in enumerate(caches):
+        wanted = cache.requires_grad and torch.is_grad_enabled()
+        check(not wanted, f"caches[{index}] requires a gradient, expected buffers without one")
     _registry.call(
         "commit_", backend, prefix_lens, list(caches), prefix_lens, sources,
         num_moves=num_moves, advance=0 if per_row else advance, row_advance=advance if per_row else None,
     )  # fmt: skip
+    if not torch.compiler.is_compiling():
+        # So that a backward pass which has kept a cache finds out that it was overwritten.
+        torch.autograd.graph.increment_version([t for t in (*caches, prefix_lens) if not t.is_inference()])
 
 
 @_registry.reference("commit_", mutates=("caches", "prefix_lens"), fake=lambda *args, **kwargs: None)
@@ -75,6 +83,11 @@ def commit_ref_(
         check.device(name, cache, device)
         check.shape(name, cache, (Axis("B", B), Axis("H"), Axis("S"), Axis("D")))
         check.last_contiguous(name, cache)
+        spread = all(size <= 1 or step != 0 for size, step in zip(cache.shape, cache.stride(), strict=True))
+        check(spread, f"{name} is expanded, expected memory of its own")
+        for other in range(index if cache.numel() else 0):
+            again = cache.data_ptr() == caches[other].data_ptr()
+            check(not again, f"{name} is caches[{other}] again, expected each buffer once")
 
     M = sources.shape[1]
     slots = min((cache.shape[2] for cache in caches), default=None)

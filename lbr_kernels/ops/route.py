@@ -189,8 +189,14 @@ def route_ref(
     else:
         candidates = _encode(w, "candidate_attention", num_heads, candidates, candidate_exists)
     scores = _mlp(w, "score", candidates) if mlp_score else candidates @ w["score.weight"]
-    scores = (scores[..., 0] / temperature).masked_fill(~candidate_exists, -torch.inf)
-    log_probs = torch.where(active[:, None], scores, 0).log_softmax(-1)
+    scores = scores[..., 0]
+    if has_values(scores):
+        bad = (candidate_exists & ~scores.isfinite()).any(-1).nonzero()
+        row = int(bad[0]) if len(bad) else None
+        check(
+            row is None, f"hidden row {row} has a score that is not finite, expected finite hidden states and weights"
+        )
+    log_probs = routing_log_probs(scores, candidate_exists, active, temperature)
 
     probability = log_probs.double().exp()
     if uniforms is None:
@@ -201,6 +207,18 @@ def route_ref(
         last = torch.where(probability > 0, index, -1).amax(-1)
         choice = torch.where(reached.any(-1), reached.int().argmax(-1), last)
     return log_probs, torch.where(active, choice, -1)
+
+
+def routing_log_probs(scores: Tensor, exists: Tensor, active: Tensor, temperature: float) -> Tensor:
+    """Log-softmax of ``scores / temperature`` over the candidates that exist; all arguments but the last ``[B, K]``.
+
+    Differences are divided, in fp64, so that a small temperature makes the best candidate certain and not NaN. Rows
+    that are not active are uniform.
+    """
+    scores = scores.masked_fill(~exists, -torch.inf)
+    scores = torch.where(active[:, None], scores, 0)
+    differences = (scores - scores.amax(-1, keepdim=True)).double()
+    return (differences / temperature).log_softmax(-1).to(scores.dtype)
 
 
 def _check_valid(check: Checker, valid: Tensor, active: Tensor, width: int) -> None:

@@ -182,7 +182,8 @@ def _check_filters(
     for where, (temperature, top_k, top_p, min_p) in rows:
         ok = 0 < temperature < math.inf
         check(ok, f"temperature{where} is {number(float(temperature))}, expected a finite number > 0")
-        check(top_k >= 0, f"top_k{where} is {int(top_k)}, expected an integer >= 0")
+        whole = 0 <= top_k <= 2**53 and top_k == int(top_k)
+        check(whole, f"top_k{where} is {number(top_k)}, expected an integer >= 0")
         check(0 <= top_p <= 1, f"top_p{where} is {number(float(top_p))}, expected 0 <= top_p <= 1")
         check(0 <= min_p <= 1, f"min_p{where} is {number(float(min_p))}, expected 0 <= min_p <= 1")
     return table

@@ -118,6 +118,8 @@ def tree_attention_ref(
     check.in_range("num_nodes", num_nodes, 0, N, f"0 <= count <= N = {N}")
 
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if N == 0:
+        return query.new_empty(B, Hq, 0, value_cache.shape[3]), query.new_empty(B, Hq, 0, dtype=dtype)
     node = torch.arange(T, device=device)
     sees_node = (ancestors[:, :, node // 64] >> (node % 64)) & 1 == 1  # [1 or B, T, T]
     depth = (sees_node.sum(-1) if depths is None else depths).expand(B, T).long()
