@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lbr_kernels
 from lbr_kernels import ops
 from lbr_kernels.decoding.adapter import UnsupportedModelError, require_supported
 from lbr_kernels.decoding.generate import LBRGenerateOutput, generate
@@ -169,7 +170,7 @@ def generate_command(
 def info() -> None:
     """Versions, devices, and which backend each op takes and why the others cannot run."""
     versions = Table(title="versions", title_justify="left", show_header=False)
-    versions.add_row("lbr-kernels", metadata.version("lbr-kernels"))
+    versions.add_row("lbr-kernels", lbr_kernels.__version__)
     versions.add_row("python", platform.python_version())
     versions.add_row("torch", torch.__version__)
     versions.add_row("transformers", transformers.__version__)
