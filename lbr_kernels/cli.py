@@ -54,8 +54,9 @@ def demo(
     """
     if problems % 2:
         raise fail(f"--problems is {problems}, expected an even number: problems come in twin pairs")
-    shipped = Demo()
-    first = shipped.problem_to_show(width=WIDTH, depth=depth, seed=seed)
+    with console.status("looking for a problem that is worth showing"):
+        shipped = Demo()
+        first = shipped.problem_to_show(width=WIDTH, depth=depth, seed=seed)
     prompt = shipped.prompts([first])
     text = reachability.to_text(prompt[0].tolist(), shipped.options)
     title = "edges, the two targets, the root: one that greedy decoding gets wrong"

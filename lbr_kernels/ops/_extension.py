@@ -119,21 +119,23 @@ def _build() -> Path:
     if shutil.which(compiler) is None:
         raise BuildUnavailableError(f"no C++ compiler found (looked for {compiler!r}; CXX names another)")
     name, directory = extension_name(), _build_directory()
+    library, complete = directory / f"{name}.so", directory / "complete"
+    if complete.exists():
+        return library  # also from a cache that this process may not write to
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(directory.with_suffix(".lock")):
-            built = next(directory.glob(f"{name}.so"), None)
-            if built is not None and (directory / "complete").exists():
-                return built
+            if complete.exists():
+                return library
             start = time.monotonic()
             print(f"lbr_kernels: compiling the CPU kernels for torch {torch.__version__}, once ...", file=sys.stderr)
             (directory / "lock").unlink(missing_ok=True)  # torch's own, left behind by a build that was killed
             _compile(name, directory)
-            (directory / "complete").touch()
+            complete.touch()
             print(f"lbr_kernels: compiled in {time.monotonic() - start:.0f} s into {directory}", file=sys.stderr)
     except OSError as error:
         raise BuildUnavailableError(f"cannot write the kernels to {directory} ({error})") from error
-    return next(directory.glob(f"{name}.so"))
+    return library
 
 
 def _compile(name: str, directory: Path) -> None:
