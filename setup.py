@@ -1,19 +1,17 @@
 """Compiles the C++ kernels at install time where torch can be imported; everything else is in pyproject.toml.
 
 An isolated build sees no torch: the wheel is then pure Python, and the kernels are compiled at their first use. The
-same happens if compiling fails: an install never does. ``LBR_KERNELS_FORCE_BUILD=1`` turns both into errors.
+same happens where there is no compiler, or compiling fails: an install never does. ``LBR_KERNELS_FORCE_BUILD=1`` turns
+all of these into errors.
 """
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from setuptools import setup
-
-FORCE = os.environ.get("LBR_KERNELS_FORCE_BUILD") == "1"
 
 
 def extension_module() -> ModuleType:
@@ -29,13 +27,19 @@ def extension_module() -> ModuleType:
 
 def build_arguments() -> dict[str, Any]:
     """What ``setup`` needs to compile the kernels; nothing where torch is missing."""
+    extension = extension_module()
+    forced = extension.build_is_forced()
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
-        if FORCE:
+        if forced:
             raise RuntimeError(
                 "LBR_KERNELS_FORCE_BUILD=1, but torch cannot be imported here; install it and use --no-build-isolation"
             ) from error
+        return {}
+    if (missing := extension.missing_compiler()) is not None:
+        if forced:
+            raise RuntimeError(f"LBR_KERNELS_FORCE_BUILD=1, but {missing}")
         return {}
 
     class OptionalBuild(BuildExtension):
@@ -43,19 +47,18 @@ def build_arguments() -> dict[str, Any]:
             try:
                 super().build_extensions()
             except Exception as error:
-                if FORCE:
+                if forced:
                     raise
                 self.extensions.clear()
                 print(f"lbr_kernels: not compiled now ({error}); they will be at first use", file=sys.stderr)
 
-    extension = extension_module()
     root = Path(__file__).parent.resolve()
     kernels = CppExtension(
         f"lbr_kernels.{extension.extension_name()}",
         [str(path.relative_to(root)) for path in extension.sources()],
         extra_compile_args={"cxx": list(extension.CXX_FLAGS)},
         py_limited_api=True,
-        optional=not FORCE,
+        optional=not forced,
     )
     return {
         "ext_modules": [kernels],

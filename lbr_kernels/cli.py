@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 from importlib import metadata
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import torch
@@ -32,6 +34,14 @@ app = typer.Typer(
 console = Console()
 
 WIDTH = 3  # of the tree that the demo shows
+
+
+@app.callback()
+def _prepare() -> None:
+    """Whatever a model writes can be printed: what the terminal's encoding lacks becomes a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def fail(message: str) -> typer.Exit:
@@ -83,7 +93,7 @@ def demo(
     console.print(
         f"The same model in every row, sampled at temperature 1 but for the greedy one; {problems} problems of 1 to "
         f"{shipped.options.max_hops} hops on graphs it was not trained on, {BATCH} at a time, seed {seed}, "
-        f"{torch.get_num_threads()} CPU thread(s).",
+        f"{torch.get_num_threads()} CPU thread(s). Equal draws are forwarded once; nodes are counted so.",
         style="dim",
         highlight=False,
     )
@@ -199,7 +209,8 @@ def info() -> None:
             runs = [name for name, why in reasons.items() if why is None]
             # The last of the instruction sets that run is the one that "cpu" stands for.
             takes = f"cpu ({runs[-1].removeprefix('cpu-')})" if "cpu" in runs else "reference"
-            refused = "\n".join(f"{name}: {why}" for name, why in reasons.items() if why is not None)
+            whys = dict.fromkeys(why for why in reasons.values() if why is not None)
+            refused = "\n".join(", ".join(n for n, w in reasons.items() if w == why) + f": {why}" for why in whys)
             table.add_row(op, takes, Text(refused or "-"))
         console.print(table, highlight=False)
 

@@ -79,11 +79,13 @@ def test_wheel_without_isolation_is_compiled(tmp_path):
     assert "compiling" not in used.stderr
 
 
-def test_a_failing_compiler_does_not_fail_the_install(tmp_path):
-    done = build_wheel(tmp_path, "--no-build-isolation", CXX="false")
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_a_missing_or_failing_compiler_does_not_fail_the_install(tmp_path, compiler):
+    done = build_wheel(tmp_path, "--no-build-isolation", CXX=compiler)
     assert done.returncode == 0, done.stderr
-    _, files = contents(tmp_path)
+    name, files = contents(tmp_path)
     assert not [file for file in files if file.endswith(".so")]
+    assert name.endswith("-py3-none-any.whl") or compiler == "false"
 
 
 def test_a_forced_build_that_cannot_be_done_is_an_error(tmp_path):
@@ -92,6 +94,9 @@ def test_a_forced_build_that_cannot_be_done_is_an_error(tmp_path):
     isolated = build_wheel(tmp_path / "isolated", LBR_KERNELS_FORCE_BUILD="1")
     assert isolated.returncode != 0
     assert "LBR_KERNELS_FORCE_BUILD=1, but torch cannot be imported here" in isolated.stdout + isolated.stderr
+    missing = build_wheel(tmp_path / "missing", "--no-build-isolation", CXX="none", LBR_KERNELS_FORCE_BUILD="1")
+    assert missing.returncode != 0
+    assert "LBR_KERNELS_FORCE_BUILD=1, but no C++ compiler found" in missing.stdout + missing.stderr
 
 
 def test_first_use_builds_once_for_all_processes(tmp_path):
@@ -106,7 +111,8 @@ def test_first_use_builds_once_for_all_processes(tmp_path):
     ]
     results = [process.communicate(timeout=900) for process in processes]
     assert all("cpu None" in out for out, _ in results), results
-    assert sum("compiling the CPU kernels" in err for _, err in results) == 1
+    assert sum("compiling the CPU kernels for" in err for _, err in results) == 1
+    assert sum("waiting for another process" in err for _, err in results) == 2
     lock = next(cache.rglob("*.lock"))
     lock.unlink()
     lock.mkdir()  # as in a cache that is read-only: what is finished is loaded without a lock
@@ -139,6 +145,12 @@ def test_without_a_compiler_the_reference_runs(tmp_path, compiler):
         "no C++ compiler found (looked for 'no-such-compiler'" if "such" in compiler else "compiling the kernels failed"
     )
     assert wanted in used.stderr
+
+
+def test_a_forced_build_is_an_error_at_first_use(tmp_path):
+    used = run_python(USE, tmp_path, CXX="no-such-compiler", LBR_KERNELS_FORCE_BUILD="1")
+    assert used.returncode != 0
+    assert "LBR_KERNELS_FORCE_BUILD=1, but no C++ compiler found" in used.stderr
 
 
 def test_an_unwritable_cache_is_said(tmp_path):

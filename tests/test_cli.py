@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -167,3 +168,20 @@ def test_a_router_without_its_size(checkpoint, tmp_path):
     result = run("generate", "--model", str(checkpoint), "--prompt", "a", "--router", str(tmp_path))
     assert result.exit_code == 1
     assert "hidden_size is missing" in result.output
+
+
+def test_a_terminal_without_unicode():
+    """What its encoding lacks becomes a question mark, not a traceback."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "lbr_kernels", "demo", "--problems", "2", "--pause", "0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "LBR K=3 L=2" in done.stdout
+
+
+def test_info_says_each_reason_once(monkeypatch):
+    reasons = {"reference": None, "cpu": "no compiler", "cpu-portable": "no compiler", "cpu-avx2": "no avx2"}
+    monkeypatch.setattr(cli.ops, "backends", lambda kind: {"route": reasons})
+    lines = [line for line in run("info").output.splitlines() if "no " in line and "│" in line]
+    assert any("cpu, cpu-portable: no compiler" in line for line in lines)
+    assert any("cpu-avx2: no avx2" in line for line in lines)

@@ -127,14 +127,15 @@ class Demo:
         return {"plain, sampled": plain(True), "plain, greedy": plain(False), **trees}
 
     def compare(self, count: int, *, seed: int) -> Iterator[list[Measured]]:
-        """Decode ``count`` unseen problems in every way; the running totals, after each part of the work.
+        """Decode ``count`` unseen problems in every way; the running totals, first at nothing, then after each part.
 
         Ways alternate, one batch each. Plain sampling draws from torch's global generator, whose state is put back.
         """
-        hops = range(1, self.options.max_hops + 1)
-        problems = evaluation_problems(self.options, count, hops=hops, seed=seed)
         decoders = self.decoders(torch.Generator().manual_seed(seed))
         rows = [Measured(name) for name in decoders]
+        yield rows
+        hops = range(1, self.options.max_hops + 1)
+        problems = evaluation_problems(self.options, count, hops=hops, seed=seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for start in range(0, count, BATCH):

@@ -21,6 +21,8 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -65,8 +67,16 @@ def extension_name() -> str:
     return f"_kernels_{digest.hexdigest()[:12]}"
 
 
+def build_is_forced() -> bool:
+    """Whether the environment asks for an error where a build would be skipped."""
+    return os.environ.get("LBR_KERNELS_FORCE_BUILD") == "1"
+
+
 def load() -> str | None:
-    """Make the C++ kernels available. Returns None if they are, else the reason why not; the first call decides."""
+    """Make the C++ kernels available. Returns None if they are, else the reason why not; the first call decides.
+
+    Raises ``RuntimeError`` in the place of a reason if ``LBR_KERNELS_FORCE_BUILD=1``.
+    """
     with _lock:
         return _load_once()
 
@@ -84,6 +94,8 @@ def _load_once() -> str | None:
     try:
         library = _installed() or _build()
     except BuildUnavailableError as error:
+        if build_is_forced():
+            raise RuntimeError(f"LBR_KERNELS_FORCE_BUILD=1, but {error}") from error
         warnings.warn(
             f"lbr_kernels: {error}. The plain PyTorch reference runs in its place; it gives the same results, slower.",
             stacklevel=2,
@@ -91,6 +103,14 @@ def _load_once() -> str | None:
         return str(error)
     torch.ops.load_library(library)
     return None
+
+
+def missing_compiler() -> str | None:
+    """Says which C++ compiler was looked for in vain; None if there is one."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is not None:
+        return None
+    return f"no C++ compiler found (looked for {compiler!r}; CXX names another)"
 
 
 class BuildUnavailableError(Exception):
@@ -113,18 +133,16 @@ def _build_directory() -> Path:
 
 def _build() -> Path:
     import torch
-    from filelock import FileLock
 
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise BuildUnavailableError(f"no C++ compiler found (looked for {compiler!r}; CXX names another)")
     name, directory = extension_name(), _build_directory()
     library, complete = directory / f"{name}.so", directory / "complete"
     if complete.exists():
         return library  # also from a cache that this process may not write to
+    if (missing := missing_compiler()) is not None:
+        raise BuildUnavailableError(missing)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(directory.with_suffix(".lock")):
+        with _building_alone(directory.with_suffix(".lock")):
             if complete.exists():
                 return library
             start = time.monotonic()
@@ -136,6 +154,23 @@ def _build() -> Path:
     except OSError as error:
         raise BuildUnavailableError(f"cannot write the kernels to {directory} ({error})") from error
     return library
+
+
+@contextmanager
+def _building_alone(path: Path) -> Iterator[None]:
+    """Holds the lock in ``path``, and says so if another process has to be waited for."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print("lbr_kernels: waiting for another process that is compiling the CPU kernels ...", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _compile(name: str, directory: Path) -> None:
