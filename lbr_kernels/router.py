@@ -14,6 +14,7 @@ This module is what is trained. Decoding evaluates the same function through ``o
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -228,13 +229,15 @@ class Router(nn.Module):
         if not path.is_dir():
             from huggingface_hub import snapshot_download
 
+            if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+                raise FileNotFoundError(f"Router.from_pretrained: {source} is neither a directory nor a Hub id")
             path = Path(snapshot_download(str(source), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME], **hub))
         entries = json.loads((path / CONFIG_NAME).read_text())
         known = {field.name for field in fields(RouterConfig)}
         if unknown := sorted(set(entries) - known):
             raise ValueError(f"{path / CONFIG_NAME}: unknown entries {unknown}, known are {sorted(known)}")
-        if "hidden_size" not in entries:
-            raise ValueError(f"{path / CONFIG_NAME}: hidden_size is missing")
+        if missing := sorted({"hidden_size", "depth"} - set(entries)):
+            raise ValueError(f"{path / CONFIG_NAME}: {', '.join(missing)} is missing")
         router = cls(RouterConfig(**entries))
         router.load_state_dict({name: t.float() for name, t in load_file(path / WEIGHTS_NAME).items()})
         return router

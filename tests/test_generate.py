@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -404,7 +405,7 @@ def test_on_step_sees_every_decision(llama):
 
 REFUSED = [
     ({"num_beams": 3}, ValueError, "num_beams is 3, which a tree cannot honour; expected None or 1"),
-    ({"assistant_model": tiny_llama()}, ValueError, "assistant_model is LlamaForCausalLM"),
+    ({"assistant_model": tiny_llama()}, ValueError, "assistant_model is a LlamaForCausalLM, which a tree cannot honour; expected None$"),
     ({"prompt_lookup_num_tokens": 3}, ValueError, "prompt_lookup_num_tokens is 3"),
     ({"penalty_alpha": 0.6, "top_k": 4}, ValueError, "penalty_alpha is 0.6"),
     ({"guidance_scale": 1.5}, ValueError, "guidance_scale is 1.5"),
@@ -427,6 +428,18 @@ REFUSED = [
     ({"token_type_ids": torch.zeros(2, 4)}, (TypeError, ValueError), "token_type_ids"),
     ({"position_ids": torch.zeros(3, 2, 4, dtype=torch.int64)}, ValueError, r"position_ids has shape \[3, 2, 4\]"),
     ({"past_key_values": StaticCache(tiny_llama().config, 20)}, ValueError, "past_key_values is a StaticCache"),
+    ({"width": 1000, "depth": 5}, ValueError, "make a tree of 1001001001001000 nodes, expected at most 1048576"),
+    ({"trie": "yes"}, ValueError, "trie is 'yes', expected True, False or None"),
+    ({"router_do_sample": 1}, ValueError, "router_do_sample is 1, expected True, False or None"),
+    ({"config": {"width": 2}}, TypeError, "config is a dict, expected a LBRConfig or None"),
+    ({"generator": 3}, TypeError, "generator is a int, expected a Generator or None"),
+    ({"on_step": 3}, TypeError, "on_step is a int, expected a callable or None"),
+    ({"streams": [0.5, 1.5], **SAMPLED}, ValueError, r"streams has dtype torch\.float32, expected integers"),
+    ({"num_return_sequences": -1}, ValueError, "num_return_sequences is -1, expected an integer >= 1"),
+    ({"attention_mask": torch.ones(2, 3)}, ValueError, r"attention_mask has shape \[2, 3\], expected one entry for"),
+    ({"attention_mask": torch.ones(3, 4)}, ValueError, r"attention_mask has shape \[3, 4\], expected one entry for"),
+    ({"router": lambda h, v: None}, TypeError, r"router returned a NoneType, expected a tensor \[B, K\]"),
+    ({"router": "./no/such/router"}, FileNotFoundError, "./no/such/router is neither a directory nor a Hub id"),
     ({"router": 3}, TypeError, "router is a int, expected a Router, a path or Hub id, a callable or None"),
     (
         {"router": lambda hidden, valid: torch.zeros(2)},
@@ -458,6 +471,8 @@ def test_models_that_hold_no_tree_are_refused():
     mamba = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, state_size=4))
     with pytest.raises(UnsupportedModelError, match="recurrent"):
         generate(mamba, IDS)
+    with pytest.raises(TypeError, match="model is a LlamaModel, which generates no text; AutoModelForCausalLM loads"):
+        generate(tiny_llama().model, IDS, max_new_tokens=3)
     with pytest.raises(TypeError, match="model is a Linear, expected a transformers PreTrainedModel"):
         generate(torch.nn.Linear(2, 2), IDS)
 
@@ -565,6 +580,20 @@ class RaisesAt(StoppingCriteria):
         if input_ids.shape[1] == 8:
             raise self.error
         return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_no_prompt_is_refused(llama):
+    with pytest.raises(ValueError, match="the prompts have no tokens, expected at least one"):
+        generate(llama, IDS[:, :0], max_new_tokens=3)
+
+
+def test_texts_that_reach_the_last_position_are_announced():
+    model = tiny_model("gpt2", n_positions=12)
+    with pytest.warns(UserWarning, match="20 new tokens go past the model's last position, 11; texts end there"):
+        assert generate(model, IDS, max_new_tokens=20, **SAMPLED).shape[1] == 12
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert generate(model, IDS, max_new_tokens=8, **SAMPLED).shape == (2, 12)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

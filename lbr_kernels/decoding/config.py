@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lbr_kernels.ops.tree_shape import num_slots
+
+_MOST_SLOTS = 2**20  # no machine holds the masks of more
+
 
 @dataclass(frozen=True)
 class LBRConfig:
@@ -36,6 +40,15 @@ class LBRConfig:
             if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
                 raise ValueError(f"generate: {name} is {value!r}, expected an integer >= 1")
             object.__setattr__(self, name, int(value))
+        for name in ("router_do_sample", "trie"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise ValueError(f"generate: {name} is {value!r}, expected True, False or None")
+        if (slots := num_slots(self.width, self.depth)) > _MOST_SLOTS:
+            raise ValueError(
+                f"generate: width {self.width} and depth {self.depth} make a tree of {slots} nodes, expected at most "
+                f"{_MOST_SLOTS}"
+            )
         if not 0 < self.router_temperature < math.inf:
             raise ValueError(
                 f"generate: router_temperature is {self.router_temperature!r}, expected a finite number > 0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,6 +118,11 @@ def generate(
         TypeError: an unknown keyword argument.
         RuntimeError: NaN logits, or a distribution from which every token was filtered out.
     """
+    for name, value, kind in (("config", config, LBRConfig), ("generator", generator, torch.Generator)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"generate: {name} is a {type(value).__name__}, expected a {kind.__name__} or None")
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"generate: on_step is a {type(on_step).__name__}, expected a callable or None")
     settings = _merge(
         config, width=width, depth=depth, router_temperature=router_temperature, router_do_sample=router_do_sample,
         candidate_min_p=candidate_min_p, trie=trie, backend=backend,
@@ -291,7 +297,10 @@ class _Call:
     def _row_streams(self, rows: int, device: torch.device) -> Tensor:
         if self.streams is None:
             return torch.arange(rows, device=device)
-        streams = torch.as_tensor(self.streams, dtype=torch.int64, device=device)
+        streams = torch.as_tensor(self.streams, device=device)
+        if streams.is_floating_point() or streams.is_complex() or streams.dtype == torch.bool:
+            raise ValueError(f"generate: streams has dtype {streams.dtype}, expected integers")
+        streams = streams.to(torch.int64)
         if streams.shape != (rows,):
             raise ValueError(f"generate: streams has shape {list(streams.shape)}, expected [{rows}]: one per row")
         return streams
@@ -325,6 +334,11 @@ def _unwrapped(model: Any) -> PreTrainedModel:
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"generate: model is a {type(model).__name__}, expected a transformers PreTrainedModel")
+    if not hasattr(model, "generate"):
+        raise TypeError(
+            f"generate: model is a {type(model).__name__}, which generates no text; AutoModelForCausalLM loads one "
+            "that does"
+        )
     return model
 
 
@@ -336,7 +350,7 @@ def _check_keywords(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     known |= set(TransformersKwargs.__optional_keys__)
     for name in kwargs:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise TypeError(f"generate: unknown argument {name!r}{hint}")
 
@@ -351,7 +365,11 @@ def _check_settings(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
                 value = getattr(source, name, None)
         if not any(value is x or (x is not None and value == x) for x in accepted):
             options = " or ".join(repr(x) for x in accepted)
-            raise ValueError(f"generate: {name} is {value!r}, which a tree cannot honour; expected {options}")
+            shown = f"a {type(value).__name__}" if isinstance(value, torch.nn.Module) else repr(value)
+            raise ValueError(f"generate: {name} is {shown}, which a tree cannot honour; expected {options}")
+    sequences = kwargs.get("num_return_sequences")
+    if sequences is not None and (not isinstance(sequences, int) or sequences < 1):
+        raise ValueError(f"generate: num_return_sequences is {sequences!r}, expected an integer >= 1")
 
 
 @contextmanager
@@ -382,16 +400,25 @@ def _left_align_arguments(inputs: Tensor | None, kwargs: dict[str, Any]) -> tupl
 
     Returns the new ``inputs`` and, if anything moved, the ids as they were.
     """
-    order = _alignment(kwargs.get("attention_mask"))
+    mask: Tensor | None = kwargs.get("attention_mask")
+    ids: Tensor | None = inputs if inputs is not None else kwargs.get("input_ids")
+    if ids is not None and ids.dim() == 2:
+        if ids.shape[1] == 0 and kwargs.get("inputs_embeds") is None:
+            raise ValueError("generate: the prompts have no tokens, expected at least one")
+        if mask is not None and mask.dim() == 2 and (len(mask) != len(ids) or mask.shape[1] < ids.shape[1]):
+            raise ValueError(
+                f"generate: attention_mask has shape {list(mask.shape)}, expected one entry for each of the prompts' "
+                f"{list(ids.shape)}"
+            )
+    order = _alignment(mask)
     if order is None:
         return inputs, None
     if kwargs.get("past_key_values") is not None:
         raise ValueError(_LEFT_PADDED_CACHE)
-    shown = inputs if inputs is not None else kwargs.get("input_ids")
     for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"):
         if name in kwargs:
             kwargs[name] = _reorder(kwargs[name], order)
-    return _reorder(inputs, order), shown
+    return _reorder(inputs, order), ids
 
 
 def _alignment(mask: Tensor | None) -> Tensor | None:
@@ -441,8 +468,14 @@ def _limits(
             f"generate: a prompt ends at position {int(next_positions.max()) - 1}, "
             f"expected less than the model's last position, {last}"
         )
+    max_new_tokens = generation_config.max_length - prompt_width
+    if last is not None and int(next_positions.max()) + max_new_tokens - 1 > last:
+        warnings.warn(
+            f"generate: {max_new_tokens} new tokens go past the model's last position, {last}; texts end there",
+            stacklevel=2,
+        )
     return Limits(
-        max_new_tokens=generation_config.max_length - prompt_width,
+        max_new_tokens=max_new_tokens,
         eos_token_ids=torch.empty(0, dtype=torch.int64, device=device) if eos is None else eos.view(-1).to(device),
         last_position=last,
         pad_token_id=0 if pad is None else int(pad),

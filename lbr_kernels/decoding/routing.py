@@ -79,6 +79,8 @@ class Routing:
             assert hidden is not None
             assert callable(self.router)
             scores = self.router(hidden, valid)
+            if not isinstance(scores, Tensor):
+                raise TypeError(f"generate: router returned a {type(scores).__name__}, expected a tensor [B, K]")
             if scores.shape != exists.shape:
                 raise ValueError(
                     f"generate: router returned shape {list(scores.shape)}, expected [B, K] = {list(exists.shape)}"
