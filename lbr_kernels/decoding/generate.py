@@ -130,6 +130,7 @@ def generate(
     wrapped, model = model, _unwrapped(model)
     _check_keywords(model, kwargs)
     _check_settings(model, kwargs)
+    _check_prompts(inputs, kwargs)
     require_supported(model)
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
@@ -372,6 +373,21 @@ def _check_settings(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"generate: num_return_sequences is {sequences!r}, expected an integer >= 1")
 
 
+def _check_prompts(inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Refuse prompts without tokens, and a mask for other prompts."""
+    mask: Tensor | None = kwargs.get("attention_mask")
+    ids: Tensor | None = inputs if inputs is not None else kwargs.get("input_ids")
+    if ids is None or ids.dim() != 2:
+        return
+    if ids.shape[1] == 0 and kwargs.get("inputs_embeds") is None:
+        raise ValueError("generate: the prompts have no tokens, expected at least one")
+    if mask is not None and mask.dim() == 2 and (len(mask) != len(ids) or mask.shape[1] < ids.shape[1]):
+        raise ValueError(
+            f"generate: attention_mask has shape {list(mask.shape)}, expected one entry for each of the prompts' "
+            f"{list(ids.shape)}"
+        )
+
+
 @contextmanager
 def _stop_strings(model: PreTrainedModel, kwargs: dict[str, Any], tokenizer: Any) -> Iterator[None]:
     """Turn stop strings into a criterion: ``model.generate`` would look for the tokenizer that it has dropped."""
@@ -400,25 +416,16 @@ def _left_align_arguments(inputs: Tensor | None, kwargs: dict[str, Any]) -> tupl
 
     Returns the new ``inputs`` and, if anything moved, the ids as they were.
     """
-    mask: Tensor | None = kwargs.get("attention_mask")
-    ids: Tensor | None = inputs if inputs is not None else kwargs.get("input_ids")
-    if ids is not None and ids.dim() == 2:
-        if ids.shape[1] == 0 and kwargs.get("inputs_embeds") is None:
-            raise ValueError("generate: the prompts have no tokens, expected at least one")
-        if mask is not None and mask.dim() == 2 and (len(mask) != len(ids) or mask.shape[1] < ids.shape[1]):
-            raise ValueError(
-                f"generate: attention_mask has shape {list(mask.shape)}, expected one entry for each of the prompts' "
-                f"{list(ids.shape)}"
-            )
-    order = _alignment(mask)
+    order = _alignment(kwargs.get("attention_mask"))
     if order is None:
         return inputs, None
     if kwargs.get("past_key_values") is not None:
         raise ValueError(_LEFT_PADDED_CACHE)
+    shown = inputs if inputs is not None else kwargs.get("input_ids")
     for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"):
         if name in kwargs:
             kwargs[name] = _reorder(kwargs[name], order)
-    return _reorder(inputs, order), ids
+    return _reorder(inputs, order), shown
 
 
 def _alignment(mask: Tensor | None) -> Tensor | None:
