@@ -33,7 +33,10 @@ format: $(VENV)/.lint  ## Put all sources into shape.
 
 bench-quick: $(VENV)/.test  ## Each op against plain PyTorch, generate against model.generate; correctness first.
 	$(BIN)/lbr-kernels build
-	$(BIN)/pytest bench --benchmark-enable --benchmark-only --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds
+	mkdir -p .benchmarks
+	$(BIN)/pytest bench --benchmark-enable --benchmark-only --benchmark-group-by=group \
+		--benchmark-columns=min,median,iqr,rounds --benchmark-json=.benchmarks/run.json
+	$(BIN)/python bench/report.py .benchmarks/run.json
 
 clean:  ## Remove the environment and what tools have left.
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import textwrap
 import time
 from importlib import metadata
 from io import TextIOWrapper
@@ -54,7 +55,7 @@ def fail(message: str) -> typer.Exit:
 def demo(
     problems: Annotated[int, typer.Option(min=2, help="Unseen problems in the table; an even number.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of problems and decoding.")] = 0,
-    pause: Annotated[float, typer.Option(min=0, help="Seconds to hold each picture of the tree.")] = 0.6,
+    pause: Annotated[float, typer.Option(min=0, help="Seconds to hold a decision between different tokens.")] = 1.8,
     depth: Annotated[int, typer.Option(min=1, max=2, help="Depth of the tree that is shown.")] = 2,
 ) -> None:
     """Watch one problem being decoded, then see Local Branch Routing beside plain decoding.
@@ -69,7 +70,7 @@ def demo(
         first = shipped.problem_to_show(width=WIDTH, depth=depth, seed=seed)
     prompt = shipped.prompts([first])
     text = reachability.to_text(prompt[0].tolist(), shipped.options)
-    title = "edges, the two targets, the root: one that greedy decoding gets wrong"
+    title = "the edges, two targets, and the root; greedy decoding gets this one wrong"
     console.print(Panel(Text(text), title=title, title_align="left"))
 
     def spell(tokens: list[int]) -> str:
@@ -115,7 +116,7 @@ def generate_command(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    pause: Annotated[float, typer.Option(min=0, help="Seconds to hold each picture of the tree.")] = 0.0,
+    pause: Annotated[float, typer.Option(min=0, help="Seconds to hold a decision between different tokens.")] = 0.0,
     compare: Annotated[bool, typer.Option(help="Also time plain decoding.")] = True,
 ) -> None:
     """Decode a prompt with any checkpoint, the tree rolling on the terminal; then the cost beside plain decoding."""
@@ -130,7 +131,7 @@ def generate_command(
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
         loaded = loaded.to(device).eval()
     except (OSError, ValueError, RuntimeError) as error:
-        raise fail(f"cannot load {model!r}: {error}") from error
+        raise fail(f"cannot load {model!r}: {textwrap.shorten(str(error), 300, placeholder=' ...')}") from error
     with console.status("comparing a tree with plain forwards of its paths, once per model"):
         try:
             require_supported(loaded)
@@ -165,15 +166,17 @@ def generate_command(
     text = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     console.print(Panel(Text(text), title="text", title_align="left"))
     # The phases of decoding alone: drawing the tree is not among them.
-    ours = sum(out.stats.seconds.values())
-    rows = [Measured(f"LBR K={width} L={depth}", out.stats.committed_tokens, ours, out.stats.forwarded_nodes)]
+    ours = Measured(f"LBR K={width} L={depth}")
+    ours.add(out.stats.committed_tokens, out.stats.forwarded_nodes, sum(out.stats.seconds.values()))
+    rows = [ours]
     if compare:
         torch.manual_seed(seed)
         with console.status("plain decoding"):
             began = time.perf_counter()
             plain = loaded.generate(**inputs, **sampling)
             count = plain.shape[1] - inputs["input_ids"].shape[1]
-            rows.insert(0, Measured("plain", count, time.perf_counter() - began, count))
+            rows.insert(0, Measured("plain"))
+            rows[0].add(count, count, time.perf_counter() - began)
     console.print(comparison(rows))
 
 

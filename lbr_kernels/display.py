@@ -9,6 +9,7 @@ terminal the picture is replaced in place; elsewhere each decision is one line.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from itertools import takewhile
@@ -23,7 +24,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from lbr_kernels.decoding.loop import StepView
-from lbr_kernels.evaluation.demo import Measured
+from lbr_kernels.evaluation.demo import Measured, differing_candidates
 from lbr_kernels.evaluation.statistics import wilson_interval
 
 Decode = Callable[[list[int]], str]
@@ -54,7 +55,7 @@ def comparison(rows: list[Measured]) -> Table:
         if judged:
             low, high = wilson_interval(row.correct, row.problems)
             cells += [f"{row.correct / row.problems:.3f}", f"{low:.2f}-{high:.2f}"]
-        table.add_row(*cells, f"{row.tokens / row.seconds:,.0f}", f"{row.nodes / row.tokens:.2f}")
+        table.add_row(*cells, f"{statistics.median(row.speeds):,.0f}", f"{row.nodes / row.tokens:.2f}")
     return table
 
 
@@ -65,7 +66,7 @@ class TreeView:
         decode: token ids to text.
         prompt: shown in front of the committed text.
         width, depth: the tree's K and L.
-        pause: seconds to hold each picture on a terminal.
+        pause: seconds to hold a picture on a terminal; a third of it where all candidates are equal.
     """
 
     def __init__(
@@ -79,6 +80,8 @@ class TreeView:
     def __enter__(self) -> TreeView:
         if self._live is not None:
             self._live.start()
+        else:
+            self.console.print("step  candidates with their probabilities; * is committed", highlight=False)
         return self
 
     def __exit__(
@@ -95,7 +98,7 @@ class TreeView:
             self.console.print(self._line(step), highlight=False)
         else:
             self._live.update(self.picture(step), refresh=True)
-            time.sleep(self.pause)
+            time.sleep(self.pause if bool(differing_candidates(step, self.width)[0]) else self.pause / 3)
         self.committed.append(int(step.tokens[0, choice]))
 
     def _name(self, token: int) -> str:

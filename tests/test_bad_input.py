@@ -182,6 +182,10 @@ TABLE = {
         sample(temperature=torch.tensor([1.0, -2.0])),
         "temperature[1] is -2, expected a finite number > 0",
     ),
+    "temperatures for other rows": (
+        sample(temperature=torch.ones(3)),
+        "temperature has shape [3], expected [2]",
+    ),
     "top_k": (sample(top_k=-1), "top_k is -1, expected an integer >= 0"),
     "half a top_k": (
         sample(top_k=torch.tensor([3, 0.5])),
@@ -214,6 +218,10 @@ TABLE = {
     "hidden nodes": (
         routing(hidden=torch.randn(2, 11, 20)),
         "hidden has shape [2, 11, 20], expected [2, 12, 20]".replace("[2, 12, 20]", "[B, 12, D]"),
+    ),
+    "a router that is not packed": (
+        routing(weights=random_router(2, 20, 16)),
+        "weights is a Router, expected RouterWeights: what Router.packed() gives",
     ),
     "another hidden size": (
         routing(hidden=torch.randn(2, 12, 21)),

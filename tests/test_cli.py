@@ -136,7 +136,8 @@ def test_tree_view(terminal):
         for expected in ("text: <7>", "▶ <7>", "✕ <4>", "<8>", "<9>", "██████████           0.50", "commit", "prune"):
             assert expected in shown, expected
     else:
-        assert shown == "   1   <4> 0.20   *<7> 0.50    <7> 0.30   \n"
+        legend = "step  candidates with their probabilities; * is committed\n"
+        assert shown == legend + "   1   <4> 0.20   *<7> 0.50    <7> 0.30   \n"
 
 
 def test_module_is_the_command():

@@ -436,8 +436,9 @@ REFUSED = [
     ({"on_step": 3}, TypeError, "on_step is a int, expected a callable or None"),
     ({"streams": [0.5, 1.5], **SAMPLED}, ValueError, r"streams has dtype torch\.float32, expected integers"),
     ({"num_return_sequences": -1}, ValueError, "num_return_sequences is -1, expected an integer >= 1"),
-    ({"attention_mask": torch.ones(2, 3)}, ValueError, r"attention_mask has shape \[2, 3\], expected one entry for"),
-    ({"attention_mask": torch.ones(3, 4)}, ValueError, r"attention_mask has shape \[3, 4\], expected one entry for"),
+    ({"attention_mask": torch.ones(2, 3)}, ValueError, r"has shape \[2, 3\], expected the prompts' \[2, 4\]"),
+    ({"attention_mask": torch.ones(2, 7)}, ValueError, r"has shape \[2, 7\], expected the prompts' \[2, 4\]"),
+    ({"attention_mask": torch.ones(3, 4)}, ValueError, r"has shape \[3, 4\], expected the prompts' \[2, 4\]"),
     ({"router": lambda h, v: None}, TypeError, r"router returned a NoneType, expected a tensor \[B, K\]"),
     ({"router": "./no/such/router"}, FileNotFoundError, "./no/such/router is neither a directory nor a Hub id"),
     ({"router": 3}, TypeError, "router is a int, expected a Router, a path or Hub id, a callable or None"),
@@ -583,8 +584,14 @@ class RaisesAt(StoppingCriteria):
 
 
 def test_no_prompt_is_refused(llama):
-    with pytest.raises(ValueError, match="the prompts have no tokens, expected at least one"):
-        generate(llama, IDS[:, :0], max_new_tokens=3)
+    for empty in (IDS[:, :0], IDS[:0]):
+        with pytest.raises(ValueError, match=r"input_ids has shape .*, expected at least one row and one token"):
+            generate(llama, empty, max_new_tokens=3)
+    for strange in (IDS[0], IDS.float()):
+        with pytest.raises(ValueError, match=r"input_ids has shape .* and dtype .*, expected integers \[B, P\]"):
+            generate(llama, strange, max_new_tokens=3)
+    with pytest.raises(TypeError, match=r"input_ids is a list, expected an integer tensor \[B, P\]"):
+        generate(llama, [[1, 2]], max_new_tokens=3)
 
 
 def test_texts_that_reach_the_last_position_are_announced():

@@ -366,7 +366,8 @@ def _check_settings(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
                 value = getattr(source, name, None)
         if not any(value is x or (x is not None and value == x) for x in accepted):
             options = " or ".join(repr(x) for x in accepted)
-            shown = f"a {type(value).__name__}" if isinstance(value, torch.nn.Module) else repr(value)
+            bulky = isinstance(value, torch.nn.Module | Tensor)
+            shown = f"a {type(value).__name__}" if bulky else repr(value)
             raise ValueError(f"generate: {name} is {shown}, which a tree cannot honour; expected {options}")
     sequences = kwargs.get("num_return_sequences")
     if sequences is not None and (not isinstance(sequences, int) or sequences < 1):
@@ -374,17 +375,27 @@ def _check_settings(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
 
 
 def _check_prompts(inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Refuse prompts without tokens, and a mask for other prompts."""
-    mask: Tensor | None = kwargs.get("attention_mask")
-    ids: Tensor | None = inputs if inputs is not None else kwargs.get("input_ids")
-    if ids is None or ids.dim() != 2:
+    """Refuse what is no batch of prompts, prompts without tokens, and a mask for other prompts."""
+    mask: Any = kwargs.get("attention_mask")
+    ids: Any = inputs if inputs is not None else kwargs.get("input_ids")
+    embeds = kwargs.get("inputs_embeds")
+    if ids is None:
         return
-    if ids.shape[1] == 0 and kwargs.get("inputs_embeds") is None:
-        raise ValueError("generate: the prompts have no tokens, expected at least one")
-    if mask is not None and mask.dim() == 2 and (len(mask) != len(ids) or mask.shape[1] < ids.shape[1]):
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"generate: input_ids is a {type(ids).__name__}, expected an integer tensor [B, P]")
+    if ids.dim() != 2 or ids.is_floating_point():
         raise ValueError(
-            f"generate: attention_mask has shape {list(mask.shape)}, expected one entry for each of the prompts' "
-            f"{list(ids.shape)}"
+            f"generate: input_ids has shape {list(ids.shape)} and dtype {ids.dtype}, expected integers [B, P]"
+        )
+    if len(ids) == 0 or (ids.shape[1] == 0 and embeds is None):
+        raise ValueError(f"generate: input_ids has shape {list(ids.shape)}, expected at least one row and one token")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or embeds is not None:
+        return
+    # With a cache the mask also covers what it holds.
+    fits = mask.shape[1] == ids.shape[1] or (mask.shape[1] > ids.shape[1] and kwargs.get("past_key_values") is not None)
+    if len(mask) != len(ids) or not fits:
+        raise ValueError(
+            f"generate: attention_mask has shape {list(mask.shape)}, expected the prompts' {list(ids.shape)}"
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -39,14 +39,20 @@ Decoder: TypeAlias = Callable[[Tensor], tuple[Tensor, int | None]]
 
 @dataclass
 class Measured:
-    """One way of decoding: what it committed and forwarded, how long it took, how often it was right."""
+    """One way of decoding: what it committed and forwarded, how fast, how often it was right."""
 
     name: str
     tokens: int = 0
-    seconds: float = 0.0
     nodes: int = 0
+    speeds: list[float] = field(default_factory=list)  # committed tokens per second of each run
     correct: int = 0
     problems: int = 0
+
+    def add(self, tokens: int, nodes: int, seconds: float) -> None:
+        """Count a run."""
+        self.tokens += tokens
+        self.nodes += nodes
+        self.speeds.append(tokens / seconds)
 
 
 class Demo:
@@ -87,18 +93,24 @@ class Demo:
         return out
 
     def problem_to_show(self, *, width: int, depth: int, seed: int) -> Problem:
-        """The first of some unseen problems of the most hops that greedy decoding gets wrong and this tree right.
+        """Of some unseen problems of the most hops that greedy decoding gets wrong and this tree right, the one with
+        the most decisions between different candidates.
 
         With the same seed the tree decodes it in the same way alone: a row's text does not depend on its batch.
         """
         unseen = evaluation_problems(self.options, 60, hops=[self.options.max_hops], seed=seed + 1)
         prompts, generator = self.prompts(unseen), torch.Generator().manual_seed(seed)
         greedy = self.answers(self.plain(prompts, do_sample=False))
-        tree = self.lbr(prompts, width=width, depth=depth, generator=generator, streams=[0] * len(unseen))
-        for problem, one, other in zip(unseen, greedy, self.answers(tree.sequences), strict=True):
-            if not self.is_right(problem, one) and self.is_right(problem, other):
-                return problem
-        return unseen[0]
+        steps: list[StepView] = []
+        out = self.lbr(
+            prompts, width=width, depth=depth, generator=generator, streams=[0] * len(unseen), on_step=steps.append
+        )
+        contested = sum((step.choice >= 0) & differing_candidates(step, width) for step in steps)
+        told = [
+            not self.is_right(problem, one) and self.is_right(problem, other)
+            for problem, one, other in zip(unseen, greedy, self.answers(out.sequences), strict=True)
+        ]
+        return unseen[int((contested * torch.tensor(told)).argmax())]
 
     def is_right(self, problem: Problem, answer: list[int]) -> bool:
         """Whether the answer has ended, is a path of the graph and leads to the reachable target."""
@@ -144,11 +156,16 @@ class Demo:
                 for row, decode in zip(rows, decoders.values(), strict=True):
                     began = time.perf_counter()
                     sequences, nodes = decode(prompts)
-                    row.seconds += time.perf_counter() - began
+                    seconds = time.perf_counter() - began
                     answers = self.answers(sequences)
                     tokens = sum(map(len, answers))
-                    row.tokens += tokens
-                    row.nodes += tokens if nodes is None else nodes
+                    row.add(tokens, tokens if nodes is None else nodes, seconds)
                     row.problems += len(batch)
                     row.correct += sum(map(self.is_right, batch, answers))
                     yield rows
+
+
+def differing_candidates(step: StepView, width: int) -> Tensor:
+    """Whether there is something to decide, bool ``[B]``."""
+    candidates = step.tokens[:, :width]
+    return (candidates != candidates[:, :1]).any(dim=1)

@@ -110,7 +110,8 @@ def missing_compiler() -> str | None:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is not None:
         return None
-    return f"no C++ compiler found (looked for {compiler!r}; CXX names another)"
+    named = "which CXX names" if "CXX" in os.environ else "as CXX is not set"
+    return f"no C++ compiler found (looked for {compiler!r}, {named})"
 
 
 class BuildUnavailableError(Exception):

@@ -103,6 +103,8 @@ def route(
             size or depth.
     """
     check = Checker("route")
+    packed = isinstance(weights, RouterWeights)
+    check(packed, f"weights is a {type(weights).__name__}, expected RouterWeights: what Router.packed() gives")
     check(
         hidden.dim() != 3 or hidden.shape[2] == weights.hidden_size,
         f"hidden has shape {list(hidden.shape)}, expected [B, T, {weights.hidden_size}]: "

@@ -59,7 +59,7 @@ def sample_children(
         RuntimeError: a shape, dtype, device, stride or value is not as above; NaN or +inf in a row; a row that is
             -inf everywhere.
     """
-    filters, row_filters = _pack_filters(temperature, top_k, top_p, min_p, logits)
+    filters, row_filters = _pack_filters("sample_children", temperature, top_k, top_p, min_p, logits)
     result: tuple[Tensor, Tensor] = _registry.call(
         "sample_children", backend, logits, logits, uniforms, *filters, row_filters=row_filters, row_index=row_index
     )
@@ -82,7 +82,7 @@ def top_children(
     The deterministic twin of :func:`sample_children`, with the same arguments otherwise. Where fewer tokens are left,
     the rest are -1 with log-probability 0.
     """
-    filters, row_filters = _pack_filters(temperature, top_k, top_p, min_p, logits)
+    filters, row_filters = _pack_filters("top_children", temperature, top_k, top_p, min_p, logits)
     result: tuple[Tensor, Tensor] = _registry.call(
         "top_children", backend, logits, logits, width, *filters, row_filters=row_filters, row_index=row_index
     )
@@ -90,12 +90,21 @@ def top_children(
 
 
 def _pack_filters(
-    temperature: float | Tensor, top_k: int | Tensor, top_p: float | Tensor, min_p: float | Tensor, logits: Tensor
+    op: str,
+    temperature: float | Tensor,
+    top_k: int | Tensor,
+    top_p: float | Tensor,
+    min_p: float | Tensor,
+    logits: Tensor,
 ) -> tuple[tuple[float, int, float, float], Tensor | None]:
     """Four numbers, or if any filter differs by row a ``[R, 4]`` table of them in fp64."""
     values = (temperature, top_k, top_p, min_p)
     if not any(isinstance(value, Tensor) for value in values):
         return values, None  # type: ignore[return-value]
+    check = Checker(op)
+    for name, value in zip(("temperature", "top_k", "top_p", "min_p"), values, strict=True):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            check.shape(name, value, (Axis("R", logits.shape[0]),))
     columns = [
         torch.as_tensor(value, dtype=torch.float64, device=logits.device).expand(logits.shape[0]) for value in values
     ]
