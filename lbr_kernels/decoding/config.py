@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lbr_kernels.ops.tree_shape import num_slots
-
 _MOST_SLOTS = 2**20  # no machine holds the masks of more
 
 
@@ -44,11 +42,16 @@ class LBRConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):
                 raise ValueError(f"generate: {name} is {value!r}, expected True, False or None")
-        if (slots := num_slots(self.width, self.depth)) > _MOST_SLOTS:
-            raise ValueError(
-                f"generate: width {self.width} and depth {self.depth} make a tree of {slots} nodes, expected at most "
-                f"{_MOST_SLOTS}"
-            )
+        # Layer by layer, as the whole number may be beyond computing.
+        slots = layer = 1
+        for _ in range(self.depth):
+            layer *= self.width
+            slots += layer
+            if slots > _MOST_SLOTS:
+                raise ValueError(
+                    f"generate: width {self.width} and depth {self.depth} make a tree of more than {_MOST_SLOTS} nodes, "
+                    "the most that is accepted"
+                )
         if not 0 < self.router_temperature < math.inf:
             raise ValueError(
                 f"generate: router_temperature is {self.router_temperature!r}, expected a finite number > 0"
