@@ -49,8 +49,8 @@ class LBRConfig:
             slots += layer
             if slots > _MOST_SLOTS:
                 raise ValueError(
-                    f"generate: width {self.width} and depth {self.depth} make a tree of more than {_MOST_SLOTS} nodes, "
-                    "the most that is accepted"
+                    f"generate: width {self.width} and depth {self.depth} make a tree of more than {_MOST_SLOTS} "
+                    "nodes, the most that is accepted"
                 )
         if not 0 < self.router_temperature < math.inf:
             raise ValueError(
