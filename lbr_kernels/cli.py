@@ -94,7 +94,8 @@ def demo(
     console.print(
         f"The same model in every row, sampled at temperature 1 but for the greedy one; {problems} problems of 1 to "
         f"{shipped.options.max_hops} hops on graphs it was not trained on, {BATCH} at a time, seed {seed}, "
-        f"{torch.get_num_threads()} CPU thread(s). Equal draws are forwarded once; nodes are counted so.",
+        f"{torch.get_num_threads()} CPU thread(s). Equal draws are forwarded once; nodes are counted so. "
+        "The problem above was picked: greedy decoding gets it wrong, and this tree right.",
         style="dim",
         highlight=False,
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -223,7 +224,7 @@ class Router(nn.Module):
 
         Keyword arguments go to ``huggingface_hub.snapshot_download`` (``revision``, ``token``, ...). Weights stored
         in half precision are widened to fp32. Raises ``FileNotFoundError`` if a file is missing and ``ValueError`` if
-        the configuration lacks an entry or has an unknown one.
+        the configuration lacks an entry or has an unknown one, or a file is broken or for another configuration.
         """
         path = Path(source)
         if not path.is_dir():
@@ -232,14 +233,20 @@ class Router(nn.Module):
             if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
                 raise FileNotFoundError(f"Router.from_pretrained: {source} is neither a directory nor a Hub id")
             path = Path(snapshot_download(str(source), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME], **hub))
-        entries = json.loads((path / CONFIG_NAME).read_text())
+        try:
+            entries = json.loads((path / CONFIG_NAME).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path / CONFIG_NAME}: {error}") from error
         known = {field.name for field in fields(RouterConfig)}
         if unknown := sorted(set(entries) - known):
             raise ValueError(f"{path / CONFIG_NAME}: unknown entries {unknown}, known are {sorted(known)}")
         if missing := sorted({"hidden_size", "depth"} - set(entries)):
             raise ValueError(f"{path / CONFIG_NAME}: {', '.join(missing)} is missing")
         router = cls(RouterConfig(**entries))
-        router.load_state_dict({name: t.float() for name, t in load_file(path / WEIGHTS_NAME).items()})
+        try:
+            router.load_state_dict({name: t.float() for name, t in load_file(path / WEIGHTS_NAME).items()})
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{path / WEIGHTS_NAME}: {error}") from error
         return router
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> str:

@@ -179,3 +179,23 @@ def test_for_model():
 def test_path_slots():
     assert path_slots(2, 2).tolist() == [[[0, 2], [0, 3]], [[1, 4], [1, 5]]]
     assert path_slots(3, 1).tolist() == [[[0]], [[1]], [[2]]]
+
+
+@pytest.mark.parametrize("name", ["router_config.json", "router.safetensors"])
+def test_a_broken_file_is_named(tmp_path, name):
+    random_router(1).save_pretrained(tmp_path)
+    (tmp_path / name).write_text("{ no")
+    with pytest.raises(ValueError, match=name):
+        Router.from_pretrained(tmp_path)
+
+
+def test_weights_for_another_configuration_are_refused(tmp_path):
+    random_router(1).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "router_config.json").read_text())
+    (tmp_path / "router_config.json").write_text(json.dumps({**config, "hidden_size": 7}))
+    with pytest.raises(ValueError, match=r"(?s)router\.safetensors: .*size mismatch"):
+        Router.from_pretrained(tmp_path)
+    del config["depth"]
+    (tmp_path / "router_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="depth is missing"):
+        Router.from_pretrained(tmp_path)

@@ -98,19 +98,23 @@ class Demo:
 
         With the same seed the tree decodes it in the same way alone: a row's text does not depend on its batch.
         """
-        unseen = evaluation_problems(self.options, 60, hops=[self.options.max_hops], seed=seed + 1)
-        prompts, generator = self.prompts(unseen), torch.Generator().manual_seed(seed)
-        greedy = self.answers(self.plain(prompts, do_sample=False))
-        steps: list[StepView] = []
-        out = self.lbr(
-            prompts, width=width, depth=depth, generator=generator, streams=[0] * len(unseen), on_step=steps.append
-        )
-        contested = sum((step.choice >= 0) & differing_candidates(step, width) for step in steps)
-        told = [
-            not self.is_right(problem, one) and self.is_right(problem, other)
-            for problem, one, other in zip(unseen, greedy, self.answers(out.sequences), strict=True)
-        ]
-        return unseen[int((contested * torch.tensor(told)).argmax())]
+        problem_seed = seed
+        while True:
+            problem_seed += 1
+            unseen = evaluation_problems(self.options, 60, hops=[self.options.max_hops], seed=problem_seed)
+            prompts, generator = self.prompts(unseen), torch.Generator().manual_seed(seed)
+            greedy = self.answers(self.plain(prompts, do_sample=False))
+            steps: list[StepView] = []
+            out = self.lbr(
+                prompts, width=width, depth=depth, generator=generator, streams=[0] * len(unseen), on_step=steps.append
+            )
+            contested = sum((step.choice >= 0) & differing_candidates(step, width) for step in steps)
+            told = [
+                not self.is_right(problem, one) and self.is_right(problem, other)
+                for problem, one, other in zip(unseen, greedy, self.answers(out.sequences), strict=True)
+            ]
+            if any(told):
+                return unseen[int((contested * torch.tensor(told)).argmax())]
 
     def is_right(self, problem: Problem, answer: list[int]) -> bool:
         """Whether the answer has ended, is a path of the graph and leads to the reachable target."""
