@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lbr_kernels.ops.route import RouterWeights, weight_shapes
-from lbr_kernels.ops.tree_shape import check_shape, num_slots, path_masks, path_slots
+from lbr_kernels.ops.route import RouterWeights, routing_log_probs, weight_shapes
+from lbr_kernels.ops.tree_shape import num_slots, path_masks, path_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,7 +134,8 @@ class Router(nn.Module):
             ValueError: a shape or the temperature is not as above.
         """
         depth = self.config.depth
-        check_shape("Router", width, depth)
+        if width < 1:
+            raise ValueError(f"Router: width is {width}, expected an integer >= 1")
         slots = num_slots(width, depth)
         if hidden.dim() != 3 or hidden.shape[1] != slots or hidden.shape[2] != self.config.hidden_size:
             raise ValueError(
@@ -174,10 +175,8 @@ class Router(nn.Module):
         else:
             assert self.candidate_mlp is not None
             candidates = self.candidate_mlp(candidates)
-        scores = self.score(candidates).squeeze(-1) / temperature
-        any_exists = candidate_exists.any(dim=1, keepdim=True)
-        scores = torch.where(any_exists, scores, 0).masked_fill(any_exists & ~candidate_exists, -torch.inf)
-        return scores.log_softmax(dim=-1)
+        scores = self.score(candidates).squeeze(-1)
+        return routing_log_probs(scores, candidate_exists, candidate_exists.any(dim=1), temperature)
 
     @torch.no_grad()
     def packed(self) -> RouterWeights:

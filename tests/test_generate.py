@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from models import tiny_llama, tiny_model
@@ -23,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lbr_kernels import LBRConfig, LBRGenerateOutput, Router, check_model, generate
 
-NAN, INF = float("nan"), float("inf")
+INF = float("inf")
 SAMPLED = {"do_sample": True, "top_k": 0}
 IDS = torch.tensor([[7, 3, 9, 4], [1, 8, 8, 2]])
 
@@ -343,6 +344,36 @@ def test_wide_and_deep_trees(llama):
 def seeded_value(seed: int) -> Tensor:
     """The 64-bit seed that a call draws from a generator."""
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, generator=seeded(seed))
+
+
+def test_a_router_may_exclude_candidates(llama):
+    def second_only(hidden: Tensor, valid: Tensor) -> Tensor:
+        return torch.tensor([-INF, 0.0, -INF]).expand(len(hidden), 3)
+
+    choices = []
+    settings = {"router_temperature": 1e-40, "generator": seeded(0), "on_step": lambda s: choices.append(s.choice)}
+    generate(llama, IDS, router=second_only, max_new_tokens=9, **settings, **SAMPLED)
+    assert (torch.stack(choices) == 1).all()
+
+
+def test_the_default_dtype_changes_nothing(llama):
+    def run() -> LBRGenerateOutput:
+        return generate(llama, IDS, max_new_tokens=5, generator=seeded(0), return_dict_in_generate=True, **SAMPLED)
+
+    want = run()
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got.sequences, want.sequences)
+    assert got.trajectory.node_log_probs.dtype == got.trajectory.router_log_probs.dtype == torch.float32
+
+
+def test_numpys_integers_are_integers(llama):
+    want = generate(llama, IDS, width=2, depth=2, max_new_tokens=4, generator=seeded(0), **SAMPLED)
+    got = generate(llama, IDS, width=np.int64(2), depth=np.int32(2), max_new_tokens=4, generator=seeded(0), **SAMPLED)
+    assert torch.equal(got, want)
 
 
 # --- what it returns ------------------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ import threading
 import warnings
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from models import tiny_llama, tiny_model
+from test_generate import IDS, SAMPLED
 from test_invariants import seeded, trained_looking_router
 from torch import Tensor
 from transformers import (
@@ -24,12 +24,10 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from lbr_kernels import LBRGenerateOutput, Router, UnsupportedModelError, check_model, generate
+from lbr_kernels import Router, UnsupportedModelError, check_model, generate
 from lbr_kernels.decoding import adapter
 
 NAN, INF = float("nan"), float("inf")
-SAMPLED = {"do_sample": True, "top_k": 0}
-IDS = torch.tensor([[7, 3, 9, 4], [1, 8, 8, 2]])
 
 
 # --- what it refuses ------------------------------------------------------------------------------------------------
@@ -130,16 +128,6 @@ def test_a_router_that_decides_nothing_is_refused(llama, scores, do_sample):
         )  # fmt: skip
 
 
-def test_a_router_may_exclude_candidates(llama):
-    def second_only(hidden: Tensor, valid: Tensor) -> Tensor:
-        return torch.tensor([-INF, 0.0, -INF]).expand(len(hidden), 3)
-
-    choices = []
-    settings = {"router_temperature": 1e-40, "generator": seeded(0), "on_step": lambda s: choices.append(s.choice)}
-    generate(llama, IDS, router=second_only, max_new_tokens=9, **settings, **SAMPLED)
-    assert (torch.stack(choices) == 1).all()
-
-
 def test_a_broken_router_is_refused(llama):
     router = trained_looking_router(llama, 1)
     with torch.no_grad():
@@ -155,26 +143,6 @@ def test_checkpointing_in_training_is_refused():
     with pytest.raises(ValueError, match="in training mode with gradient checkpointing"):
         generate(model, IDS, max_new_tokens=2)
     assert generate(model.eval(), IDS, max_new_tokens=2).shape == (2, 6)
-
-
-def test_the_default_dtype_changes_nothing(llama):
-    def run() -> LBRGenerateOutput:
-        return generate(llama, IDS, max_new_tokens=5, generator=seeded(0), return_dict_in_generate=True, **SAMPLED)
-
-    want = run()
-    torch.set_default_dtype(torch.float64)
-    try:
-        got = run()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert torch.equal(got.sequences, want.sequences)
-    assert got.trajectory.node_log_probs.dtype == got.trajectory.router_log_probs.dtype == torch.float32
-
-
-def test_numpys_integers_are_integers(llama):
-    want = generate(llama, IDS, width=2, depth=2, max_new_tokens=4, generator=seeded(0), **SAMPLED)
-    got = generate(llama, IDS, width=np.int64(2), depth=np.int32(2), max_new_tokens=4, generator=seeded(0), **SAMPLED)
-    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("do_sample", [True, False])

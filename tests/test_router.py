@@ -166,6 +166,10 @@ def test_bad_inputs():
     router = random_router(2)
     with pytest.raises(ValueError, match=r"hidden has shape \[1, 3, 48\], expected \[B, 12, 48\]"):
         router(torch.randn(1, 3, 48), 3)
+    with pytest.raises(ValueError, match="width is 0, expected an integer >= 1"):
+        router(torch.randn(1, 12, 48), 0)
+    sharp = router(torch.randn(1, 12, 48, requires_grad=True), 3, temperature=1e-40)
+    assert not sharp.isnan().any()
     with pytest.raises(ValueError, match="temperature is 0"):
         router(torch.randn(1, 12, 48), 3, temperature=0)
 

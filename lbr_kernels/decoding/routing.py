@@ -58,10 +58,6 @@ class Routing:
         """What a trajectory's fingerprint is taken of."""
         return self.router if isinstance(self.router, nn.Module) else None
 
-    @property
-    def needs_hidden(self) -> bool:
-        return self.router is not None
-
     def choose(
         self, hidden: Tensor | None, valid: Tensor, active: Tensor, uniforms: Tensor | None
     ) -> tuple[Tensor, Tensor]:

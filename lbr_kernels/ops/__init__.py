@@ -33,5 +33,8 @@ __all__ = [
 
 
 def backends(device: str | torch.device = "cpu") -> dict[str, dict[str, str | None]]:
-    """For every op and backend, why it cannot run for tensors on ``device``; None where it can."""
+    """For every op and backend, why it cannot run for tensors on ``device``; None where it can.
+
+    Where an argument requires a gradient, only the reference runs.
+    """
     return {op: {name: unavailable(name, torch.device(device)) for name in BACKENDS} for op in OPS}

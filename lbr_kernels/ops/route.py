@@ -219,7 +219,7 @@ def routing_log_probs(scores: Tensor, exists: Tensor, active: Tensor, temperatur
     """
     scores = scores.masked_fill(~exists, -torch.inf)
     scores = torch.where(active[:, None], scores, 0)
-    differences = (scores - scores.amax(-1, keepdim=True)).double()
+    differences = (scores - scores.detach().amax(-1, keepdim=True)).double()
     return (differences / temperature).log_softmax(-1).to(scores.dtype)
 
 

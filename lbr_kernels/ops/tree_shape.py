@@ -13,12 +13,6 @@ import torch
 from torch import Tensor
 
 
-def check_shape(op: str, width: int, depth: int) -> None:
-    """Refuse a tree without nodes. Raises ``RuntimeError`` for ``width < 1`` or ``depth < 1``."""
-    torch._check(width >= 1, lambda: f"{op}: width is {width}, expected an integer >= 1")
-    torch._check(depth >= 1, lambda: f"{op}: depth is {depth}, expected an integer >= 1")
-
-
 def layer_offset(width: int, layer: int) -> int:
     """The first slot of ``layer`` (1-based); ``layer_offset(K, L + 1)`` is the number of slots of a depth-L tree."""
     return sum(width**level for level in range(1, layer))
