@@ -14,6 +14,7 @@ from test_invariants import seeded, trained_looking_router
 from torch import Tensor
 from transformers import (
     AutoModelForSeq2SeqLM,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     MambaConfig,
@@ -91,6 +92,14 @@ def test_a_router_for_something_else_is_refused(llama):
         generate(llama, IDS, router=Router.for_model(tiny_llama(hidden_size=64)), max_new_tokens=3)
     with pytest.raises(ValueError, match="router was made for depth 2, this call has depth 1"):
         generate(llama, IDS, router=Router.for_model(llama, depth=2), max_new_tokens=3)
+
+
+def test_a_refusal_leaves_the_callers_cache_alone(llama):
+    for wrong in ({"router": Router.for_model(llama, depth=2)}, {"streams": [1, 2, 3]}):
+        cache = DynamicCache()
+        with pytest.raises(ValueError, match="router was made for depth|streams has shape"):
+            generate(llama, IDS, past_key_values=cache, max_new_tokens=3, **wrong)
+        assert cache.get_seq_length() == 0
 
 
 def test_models_that_hold_no_tree_are_refused():

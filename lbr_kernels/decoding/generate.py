@@ -191,6 +191,12 @@ class _Call:
             )
         config, device, rows = self.config, input_ids.device, len(input_ids)
         adapter, stats = ModelAdapter(self.model), DecodingStats()
+        # What can be refused is refused here: reading the prompts writes to a cache that is the caller's.
+        routing = Routing(
+            self.router, width=config.width, depth=config.depth, hidden_size=adapter.hidden_size,
+            temperature=config.router_temperature, device=device, backend=config.backend,
+        )  # fmt: skip
+        streams = self._row_streams(rows, device)
         shown = input_ids
         if (order := _alignment(model_kwargs.get("attention_mask"))) is not None:
             input_ids = _reorder(input_ids, order)
@@ -229,10 +235,6 @@ class _Call:
             rows, config.width, config.depth, device=device,
             trie=device.type == "cpu" if config.trie is None else config.trie,
         )  # fmt: skip
-        routing = Routing(
-            self.router, width=config.width, depth=config.depth, hidden_size=adapter.hidden_size,
-            temperature=config.router_temperature, device=device, backend=config.backend,
-        )  # fmt: skip
         wants_dict = bool(generation_config.return_dict_in_generate)
         keep_scores = wants_dict and bool(generation_config.output_scores or generation_config.output_logits)
         sampler = ChildSampler(
@@ -240,7 +242,6 @@ class _Call:
             backend=config.backend,
         )  # fmt: skip
         seed = _draw_seed(self.generator) if do_sample or draw_choice else None
-        streams = self._row_streams(rows, device)
         decoder = TreeDecoder(
             adapter, cache, input_ids, next_positions,
             tree=tree, routing=routing, sampler=sampler,
