@@ -97,7 +97,7 @@ def test_a_router_for_something_else_is_refused(llama):
 def test_a_refusal_leaves_the_callers_cache_alone(llama):
     for wrong in ({"router": Router.for_model(llama, depth=2)}, {"streams": [1, 2, 3]}):
         cache = DynamicCache()
-        with pytest.raises(ValueError, match="router was made for depth|streams has shape"):
+        with pytest.raises(ValueError, match=r"router was made for depth|streams has shape"):
             generate(llama, IDS, past_key_values=cache, max_new_tokens=3, **wrong)
         assert cache.get_seq_length() == 0
 
