@@ -6,7 +6,7 @@
 namespace lbr {
 
 // Values of the ops' `isa` argument; kBest is the last of the others that this processor has.
-enum class Isa : int64_t { kBest, kPortable, kAvx2, kAvx512, kCount };
+enum class Isa : int64_t { kBest, kPortable, kAvx2, kAvx512, kAvx512Bf16, kCount };
 
 struct CpuKernels {
   void (*tree_attention)(const TreeAttentionParams&, const ThreadPool&);

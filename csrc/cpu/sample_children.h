@@ -55,19 +55,6 @@ struct Softmax {
   int64_t weight(float logit) const { return weights(logit - vfloat_half{})[0]; }
 };
 
-// Lanes where a >= b, as bits.
-static inline uint32_t at_least(vfloat a, vfloat b) {
-#if defined(LBR_AVX512)
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
-#elif defined(LBR_AVX2)
-  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ)));
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(a[i] >= b[i]) << i;
-  return bits;
-#endif
-}
-
 struct Token {
   float logit;
   int32_t id;

@@ -1,8 +1,8 @@
 // Vectors of floats for one instruction set, over the compiler's own vector types.
 //
 // Included once by each isa_*.cpp after it has chosen its target, so every name lives in a namespace of that target
-// (LBR_ISA) and nothing here is shared between them. Memory need not be aligned. `fma` is the only fused operation: the
-// sources are compiled without contraction, so that a sum means the same on every machine.
+// (LBR_ISA) and nothing here is shared between them. Memory need not be aligned. `fma` and `dot_add` are the only fused
+// operations: the sources are compiled without contraction, so that a sum means the same on every machine.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,28 @@ typedef float vfloat __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vint __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * kLanes)));
 
-// 16-bit storage formats; only these two functions know their layout.
+// unroll<N>(f) calls f(Index<0>{}), ..., f(Index<N - 1>{}). Arrays that are indexed by these constants, and only they,
+// are kept in registers; a loop over them is unrolled too late for that, and every access goes to the stack.
+template <int I>
+struct Index {
+  constexpr operator int() const { return I; }
+};
+
+#define LBR_INLINE __attribute__((always_inline))
+
+template <int N, int I = 0, class F>
+LBR_INLINE static inline void unroll(const F& f) {
+  if constexpr (I < N) {
+    f(Index<I>{});
+    unroll<N, I + 1>(f);
+  }
+}
+
+constexpr int64_t kCacheLine = 64;  // bytes
+
+static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+// 16-bit storage formats; only the functions of this file know their layout.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -128,13 +149,82 @@ static inline vfloat fma(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 
+// How a kernel multiplies what is stored as T: `kPack` neighbours of type `Element` in one step, which dot_add sums up.
+template <class T>
+struct Dot {
+  using Element = float;  // 16-bit formats are widened first
+  using Vector = vfloat;
+  static constexpr int kPack = 1;
+};
+
+static inline vfloat load_packs(const float* p) { return load(p); }
+static inline vfloat splat_pack(const float* p) { return splat(*p); }
+static inline vfloat dot_add(vfloat a, vfloat b, vfloat c) { return fma(a, b, c); }
+
+#if defined(LBR_AVX512_BF16)
+template <>
+struct Dot<BFloat16> {
+  using Element = BFloat16;
+  using Vector = vint;  // each lane holds a pair
+  static constexpr int kPack = 2;
+};
+
+static inline vint load_packs(const BFloat16* p) { return load_as<vint>(p); }
+
+static inline vint splat_pack(const BFloat16* p) {
+  int32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return (vint)_mm512_set1_epi32(pair);
+}
+
+static inline vfloat dot_add(vint a, vint b, vfloat c) {
+  return (vfloat)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+
+// a0 b0 a1 b1 ... of the two halves of [a0 ... a15 b0 ... b15].
+static inline vint interleave(__m512i halves) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (vint)_mm512_permutexvar_epi16(order, halves);
+}
+
+static inline vint interleave(vhalf a, vhalf b) {
+  return interleave(_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)a), (__m256i)b, 1));
+}
+
+// Both rounded to nearest.
+static inline vint interleave(vfloat a, vfloat b) {
+  return interleave((__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+}
+#endif
+
 static inline vfloat select(vint condition, vfloat yes, vfloat no) {
   return (vfloat)((condition & (vint)yes) | (~condition & (vint)no));
 }
 
 // Of a NaN and a number these give the second operand.
+#if defined(LBR_AVX512)
+static inline vfloat max(vfloat a, vfloat b) { return (vfloat)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline vfloat min(vfloat a, vfloat b) { return (vfloat)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 static inline vfloat max(vfloat a, vfloat b) { return select(a > b, a, b); }
 static inline vfloat min(vfloat a, vfloat b) { return select(a < b, a, b); }
+#endif
+
+// Lanes where a >= b, as bits.
+static inline uint32_t at_least(vfloat a, vfloat b) {
+#if defined(LBR_AVX512)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
+#elif defined(LBR_AVX2)
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(a[i] >= b[i]) << i;
+  return bits;
+#endif
+}
+
+constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
 
 static inline float horizontal_sum(vfloat v) {
   float sum = 0;
@@ -150,11 +240,16 @@ static inline float horizontal_max(vfloat v) {
 
 // e^x within 2 ulp for x <= 88; exactly 0 below -87, so that what is masked by -inf counts for nothing. NaN stays NaN.
 static inline vfloat exp(vfloat x) {
+#if defined(LBR_AVX512)
+  const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT);
+  vfloat r = fma(n, splat(-0x1.62e400p-1f), x);  // ln 2 in two parts
+#else
   const vfloat round_magic = splat(0x1.8p23f);
   const vfloat clamped = max(splat(-87.0f), min(splat(88.0f), x));
   const vfloat shifted = fma(clamped, splat(1.44269504f), round_magic);
   const vfloat n = shifted - round_magic;
-  vfloat r = fma(n, splat(-0x1.62e400p-1f), clamped);  // ln 2 in two parts
+  vfloat r = fma(n, splat(-0x1.62e400p-1f), clamped);
+#endif
   r = fma(n, splat(-0x1.7f7d1cp-20f), r);
   vfloat p = splat(1.9875691500e-4f);
   p = fma(p, r, splat(1.3981999507e-3f));
@@ -163,8 +258,13 @@ static inline vfloat exp(vfloat x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r) + 1.0f;
+#if defined(LBR_AVX512)
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+  return (vfloat)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)n);
+#else
   const vint exponent = (vint)shifted << 23;  // n sits in the low bits of the shifted sum
   return select(x >= splat(-87.0f), (vfloat)((vint)p + exponent), max(splat(0.0f), x));
+#endif
 }
 
 // Within 2 ulp: near 0, where 1 - 2 / (e^2x + 1) cancels, the odd polynomial of the Cephes library.

@@ -1,9 +1,7 @@
 // tree_attention on one instruction set.
 //
 // One pass over the cache per key head: the num_nodes * q_heads / kv_heads query rows that share a key head are packed
-// along the vector lanes. A block of keys is multiplied as scores[key][row] = sum_d query[d][row] * key[d], with the
-// key's element broadcast, so keys are used as they lie in memory and no sum ever runs across lanes; softmax is then
-// vertical too. The second product puts the value's axis along the lanes and broadcasts the probability.
+// into the tiles of attention_tiles.h, and softmax runs down the keys of a block with the rows along the lanes.
 //
 // A row's prefix is cut into pieces whose length depends on that row's length alone, and the pieces are merged in
 // order: the result of a row depends neither on the batch around it nor on the number of threads. Slots that no query
@@ -11,145 +9,64 @@
 #pragma once
 
 #include "../params.h"
+#include "attention_tiles.h"
 #include "online_softmax.h"
 #include "simd.h"
 #include "support.h"
 
 namespace lbr::LBR_ISA {
 
-constexpr int kBlockKeys = 64;   // keys per block; their scores for one row tile stay in the L1 cache
-constexpr int kTileVectors = 3;  // vectors of rows per tile: 3 * kTileKeys accumulators fit the register file
-constexpr int kTileKeys = kLanes == 16 ? 8 : 4;
-constexpr int kTileRows = kTileVectors * kLanes;
 constexpr int64_t kMinPiece = 256;  // slots in the shortest piece of a prefix
 constexpr int64_t kMaxPieces = 16;
+constexpr int64_t kPieceStep = 128;  // pieces are whole blocks for every type
 
 static inline int64_t piece_length(int64_t prefix_len) {
-  return round_up(largest(kMinPiece, ceil_div(prefix_len, kMaxPieces)), kBlockKeys);
-}
-
-// scores[key][row] for kTileKeys (or `keys`, the rest) keys and kVectors vectors of rows.
-template <int kKeys, int kVectors>
-static inline void score_tile(const float* key, int64_t key_stride, const float* query, int64_t dim, float* scores) {
-  vfloat acc[kKeys][kVectors];
-  for (int k = 0; k < kKeys; ++k)
-    for (int v = 0; v < kVectors; ++v) acc[k][v] = vfloat{};
-  for (int64_t d = 0; d < dim; ++d) {
-    vfloat q[kVectors];
-    for (int v = 0; v < kVectors; ++v) q[v] = load(query + d * kTileRows + v * kLanes);
-    for (int k = 0; k < kKeys; ++k) {
-      const vfloat x = splat(key[k * key_stride + d]);
-      for (int v = 0; v < kVectors; ++v) acc[k][v] = fma(x, q[v], acc[k][v]);
-    }
-  }
-  for (int k = 0; k < kKeys; ++k)
-    for (int v = 0; v < kVectors; ++v) store(scores + k * kTileRows + v * kLanes, acc[k][v]);
-}
-
-template <int kVectors>
-static void score_block(const float* key, int64_t key_stride, int keys, const float* query, int64_t dim,
-                        float* scores) {
-  int k = 0;
-  for (; k + kTileKeys <= keys; k += kTileKeys)
-    score_tile<kTileKeys, kVectors>(key + k * key_stride, key_stride, query, dim, scores + k * kTileRows);
-  for (; k < keys; ++k) score_tile<1, kVectors>(key + k * key_stride, key_stride, query, dim, scores + k * kTileRows);
-}
-
-// acc[row][0 .. kVectors * kLanes) += sum over keys of probability[key][row] * value[key][..]
-template <int kRows, int kVectors>
-static inline void value_tile(const float* probability, const float* value, int64_t value_stride, int keys, float* acc,
-                              int64_t acc_stride) {
-  vfloat sum[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(acc + r * acc_stride + v * kLanes);
-  for (int k = 0; k < keys; ++k) {
-    vfloat x[kVectors];
-    for (int v = 0; v < kVectors; ++v) x[v] = load(value + k * value_stride + v * kLanes);
-    for (int r = 0; r < kRows; ++r) {
-      const vfloat p = splat(probability[k * kTileRows + r]);
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(p, x[v], sum[r][v]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) store(acc + r * acc_stride + v * kLanes, sum[r][v]);
-}
-
-constexpr int kValueRows = kLanes == 16 ? 6 : 3;
-constexpr int kValueVectors = kLanes == 16 ? 4 : 3;
-
-template <int kVectors>
-static void value_columns(const float* probability, int rows, const float* value, int64_t value_stride, int keys,
-                          float* acc, int64_t acc_stride) {
-  int r = 0;
-  for (; r + kValueRows <= rows; r += kValueRows)
-    value_tile<kValueRows, kVectors>(probability + r, value, value_stride, keys, acc + r * acc_stride, acc_stride);
-  for (; r < rows; ++r)
-    value_tile<1, kVectors>(probability + r, value, value_stride, keys, acc + r * acc_stride, acc_stride);
-}
-
-static void value_block(const float* probability, int rows, const float* value, int64_t value_stride, int keys,
-                        int64_t padded_dim, float* acc) {
-  int64_t d = 0;
-  for (; d + kValueVectors * kLanes <= padded_dim; d += kValueVectors * kLanes)
-    value_columns<kValueVectors>(probability, rows, value + d, value_stride, keys, acc + d, padded_dim);
-  for (; d < padded_dim; d += kLanes)
-    value_columns<1>(probability, rows, value + d, value_stride, keys, acc + d, padded_dim);
-}
-
-// Copies `keys` slots as floats, rows padded with zeros to a whole number of vectors.
-template <class T>
-static void stage(const T* from, int64_t from_stride, int keys, int64_t dim, int64_t padded_dim, float* to) {
-  for (int k = 0; k < keys; ++k) {
-    const T* row = from + k * from_stride;
-    float* out = to + k * padded_dim;
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) store(out + d, load(row + d));
-    for (; d < dim; ++d) out[d] = widen(row[d]);
-    for (; d < padded_dim; ++d) out[d] = 0;
-  }
+  return round_up(largest(kMinPiece, ceil_div(prefix_len, kMaxPieces)), kPieceStep);
 }
 
 // What one worker needs for one (row of the batch, key head), whatever its length.
+template <class Element>
 class TreeAttentionScratch {
  public:
+  static constexpr int kPack = Dot<Element>::kPack;
+  // Keys per block; their scores for one row tile stay in the L1 cache, and sums are loaded and stored once a block.
+  static constexpr int kBlockKeys = 64 * kPack;
+
   TreeAttentionScratch(int64_t rows, int64_t dim, int64_t value_dim)
       : tiles(ceil_div(rows, kTileRows)),
-        padded_dim(round_up(dim, kLanes)),
-        padded_value_dim(round_up(value_dim, kLanes)) {
-    const int64_t sizes[] = {tiles * dim * kTileRows, kBlockKeys * padded_dim, kBlockKeys * padded_value_dim,
-                             kBlockKeys * kTileRows,  tiles * kTileRows,       tiles * kTileRows,
-                             tiles * kTileRows,       tiles * kTileRows,       rows * padded_value_dim};
-    float** parts[] = {&query, &key, &value, &scores, &max, &sum, &position, &slope, &acc};
-    int64_t total = 0;
-    for (int64_t size : sizes) total += round_up(size, kCacheLineFloats);
-    buffer_.resize(total);
-    float* next = buffer_.data();
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; ++i) {
-      *parts[i] = next;
-      next += round_up(sizes[i], kCacheLineFloats);
-    }
-  }
+        steps(ceil_div(dim, kPack)),
+        padded_dim(round_up(dim, kLanes * kPack)),
+        padded_value_dim(round_up(value_dim, kLanes)),
+        query(tiles * steps * kTileRows * kPack),
+        key(kBlockKeys * padded_dim),
+        value(kBlockKeys * padded_value_dim),
+        scores(kBlockKeys * kTileRows),
+        max(tiles * kTileRows),
+        sum(tiles * kTileRows),
+        position(tiles * kTileRows),
+        slope(tiles * kTileRows),
+        acc(rows * padded_value_dim) {}
 
-  const int64_t tiles, padded_dim, padded_value_dim;
-  float* query;     // [tiles][dim][kTileRows], scaled
-  float* key;       // [kBlockKeys][padded_dim], where keys are not fp32
-  float* value;     // [kBlockKeys][padded_value_dim]
-  float* scores;    // [kBlockKeys][kTileRows]
-  float* max;       // [tiles * kTileRows]
-  float* sum;       // [tiles * kTileRows]
-  float* position;  // [tiles * kTileRows] the query's position
-  float* slope;     // [tiles * kTileRows] ALiBi
-  float* acc;       // [rows][padded_value_dim]
-
- private:
-  static constexpr int64_t kCacheLineFloats = 16;
-  Buffer<float> buffer_;
+  const int64_t tiles, steps, padded_dim, padded_value_dim;
+  Buffer<Element> query;           // [tiles][steps][kTileRows][kPack]
+  Buffer<Element> key;             // [kBlockKeys][padded_dim], where keys cannot be used as they lie
+  Buffer<Element> value;           // [kBlockKeys / kPack][padded_value_dim][kPack]
+  Buffer<float> scores;            // [kBlockKeys][kTileRows], then probabilities [kBlockKeys / kPack][kTileRows][kPack]
+  Buffer<float> max, sum;          // [tiles * kTileRows] the state of every row
+  Buffer<float> position, slope;   // [tiles * kTileRows] of the query; ALiBi's
+  Buffer<float> acc;               // [rows][padded_value_dim]
+  int64_t row = -1, head = -1;     // whose queries are loaded
 };
 
 template <class T>
 class TreeAttention {
+  using Element = typename Dot<T>::Element;
+  using Scratch = TreeAttentionScratch<Element>;
+  static constexpr int kPack = Scratch::kPack, kBlockKeys = Scratch::kBlockKeys;
+
  public:
-  explicit TreeAttention(const TreeAttentionParams& params) : p(params), group(params.q_heads / params.kv_heads) {}
+  explicit TreeAttention(const TreeAttentionParams& params)
+      : p(params), group(params.q_heads / params.kv_heads), scale(fabsf(params.scale)) {}
 
   void run(const ThreadPool& pool) const {
     // One task per piece of prefix (the tree goes with the last piece) of each row and key head.
@@ -161,7 +78,7 @@ class TreeAttention {
     Buffer<float> states(tasks * state_size);
 
     pool.parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {
-      TreeAttentionScratch scratch(max_rows(), p.head_dim, p.value_dim);
+      Scratch scratch(max_rows(), p.head_dim, p.value_dim);
       int64_t b = 0;
       for (int64_t task = begin; task < end; ++task) {
         while (task >= first_task[b + 1]) ++b;
@@ -202,10 +119,11 @@ class TreeAttention {
   }
 
   // Row r of a packed tile is query r / group, head r % group of the key head's group.
-  void attend_piece(int64_t b, int64_t head, int64_t piece, TreeAttentionScratch& s, float* state) const {
+  void attend_piece(int64_t b, int64_t head, int64_t piece, Scratch& s, float* state) const {
     const int64_t rows = num_rows(b), prefix = p.prefix_lens[b], length = piece_length(prefix);
     const bool last = piece == num_pieces(b) - 1;
-    load_queries(b, head, rows, s);
+    if (s.row != b || s.head != head) load_queries(b, head, rows, s);
+    clear(rows, s);
     int64_t begin = piece * length;
     const int64_t end = smallest(prefix, begin + length);
     if (p.window > 0) {
@@ -216,90 +134,86 @@ class TreeAttention {
       begin = largest(begin, smallest(first, end));
     }
     for (int64_t slot = begin; slot < end; slot += kBlockKeys)
-      prefix_block(b, head, slot, int(smallest(kBlockKeys, end - slot)), rows, s);
+      prefix_block(b, head, slot, int(smallest(kBlockKeys, end - slot)), rows, slot + kBlockKeys < end, s);
     if (last) tree_blocks(b, head, rows, s);
 
     // Layout of a state: per row its max, then its sum, then its values.
     for (int64_t r = 0; r < rows; ++r) {
       state[r] = s.max[r];
       state[max_rows() + r] = s.sum[r];
-      std::memcpy(state + 2 * max_rows() + r * p.value_dim, s.acc + r * s.padded_value_dim,
+      std::memcpy(state + 2 * max_rows() + r * p.value_dim, &s.acc[r * s.padded_value_dim],
                   p.value_dim * sizeof(float));
     }
   }
 
-  void load_queries(int64_t b, int64_t head, int64_t rows, TreeAttentionScratch& s) const {
-    const int64_t padded_rows = s.tiles * kTileRows;
-    for (int64_t r = 0; r < padded_rows; ++r) {
-      s.max[r] = -INFINITY;
-      s.sum[r] = 0;
+  void load_queries(int64_t b, int64_t head, int64_t rows, Scratch& s) const {
+    s.row = b, s.head = head;
+    for (int64_t r = 0; r < s.tiles * kTileRows; ++r) {
       s.position[r] = 0;
       s.slope[r] = 0;
-      float* column = s.query + (r / kTileRows * p.head_dim) * kTileRows + r % kTileRows;
-      if (r >= rows) {
-        for (int64_t d = 0; d < p.head_dim; ++d) column[d * kTileRows] = 0;
-        continue;
-      }
+      const auto column = [&](int64_t d) -> Element& {
+        return s.query[((r / kTileRows * s.steps + d / kPack) * kTileRows + r % kTileRows) * kPack + d % kPack];
+      };
+      for (int64_t d = r < rows ? p.head_dim : 0; d < s.steps * kPack; ++d) column(d) = Element{};
+      if (r >= rows) continue;
       const int64_t n = r / group, q_head = head * group + r % group;
       const T* query = (const T*)p.query + b * p.query_stride[0] + q_head * p.query_stride[1] + n * p.query_stride[2];
-      for (int64_t d = 0; d < p.head_dim; ++d) column[d * kTileRows] = widen(query[d]) * p.scale;
+      // The scale's sign goes into the query, so that the largest product stays the largest score.
+      for (int64_t d = 0; d < p.head_dim; ++d) column(d) = signed_element(query[d]);
       if (p.window > 0 || p.alibi_slopes) s.position[r] = position_of(b, first_query_node() + n);
       if (p.alibi_slopes) s.slope[r] = p.alibi_slopes[q_head];
     }
-    std::memset(s.acc, 0, rows * s.padded_value_dim * sizeof(float));
+  }
+
+  Element signed_element(T x) const {
+    const float value = p.scale < 0 ? -widen(x) : widen(x);
+    Element element;
+    narrow(value, &element);
+    return element;
+  }
+
+  static void clear(int64_t rows, Scratch& s) {
+    for (int64_t r = 0; r < s.tiles * kTileRows; ++r) {
+      s.max[r] = -INFINITY;
+      s.sum[r] = 0;
+    }
+    std::memset(s.acc.data(), 0, rows * s.padded_value_dim * sizeof(float));
   }
 
   float position_of(int64_t b, int64_t node) const { return float(p.prefix_lens[b] + depth(b, node) - 1); }
 
-  const T* slot_of(const void* cache, const int64_t* stride, int64_t b, int64_t head, int64_t slot) const {
-    return (const T*)cache + b * stride[0] + head * stride[1] + slot * stride[2];
+  // The slots of one head from `slot` on.
+  static Slots<T> slots_of(const void* cache, const int64_t* stride, int64_t b, int64_t head, int64_t slot) {
+    return {(const T*)cache + b * stride[0] + head * stride[1] + slot * stride[2], stride[2]};
   }
 
-  void prefix_block(int64_t b, int64_t head, int64_t slot, int keys, int64_t rows, TreeAttentionScratch& s) const {
-    const T* key = slot_of(p.keys, p.keys_stride, b, head, slot);
-    const T* value = slot_of(p.values, p.values_stride, b, head, slot);
-    const float* key_floats = s.key;
-    int64_t key_stride = s.padded_dim;
-    if constexpr (sizeof(T) == sizeof(float)) {
-      key_floats = (const float*)key;
-      key_stride = p.keys_stride[2];
-    } else {
-      stage(key, p.keys_stride[2], keys, p.head_dim, s.padded_dim, s.key);
-    }
-    const float* value_floats = s.value;
-    int64_t value_stride = s.padded_value_dim;
-    if (sizeof(T) == sizeof(float) && s.padded_value_dim == p.value_dim) {
-      value_floats = (const float*)value;
-      value_stride = p.values_stride[2];
-    } else {
-      stage(value, p.values_stride[2], keys, p.value_dim, s.padded_value_dim, s.value);
-    }
+  void prefix_block(int64_t b, int64_t head, int64_t slot, int keys, int64_t rows, bool more, Scratch& s) const {
     float key_positions[kBlockKeys];
     for (int k = 0; k < keys; ++k) key_positions[k] = float(slot + k);
-    block(key_floats, key_stride, value_floats, value_stride, keys, key_positions, rows, s, nullptr);
+    block(slots_of(p.keys, p.keys_stride, b, head, slot), slots_of(p.values, p.values_stride, b, head, slot), keys,
+          key_positions, rows, s, more, nullptr);
   }
 
   // The tree's slots, gathered: only those that some query of this row sees.
-  void tree_blocks(int64_t b, int64_t head, int64_t rows, TreeAttentionScratch& s) const {
+  void tree_blocks(int64_t b, int64_t head, int64_t rows, Scratch& s) const {
     int64_t nodes[kBlockKeys];
     float positions[kBlockKeys];
-    int keys = 0;
+    int count = 0;
     const auto flush = [&] {
       const Visible visible{this, b, nodes};
-      if (keys > 0) block(s.key, s.padded_dim, s.value, s.padded_value_dim, keys, positions, rows, s, &visible);
-      keys = 0;
+      Slots<T> keys = slots_of(p.keys, p.keys_stride, b, head, p.prefix_lens[b]);
+      Slots<T> values = slots_of(p.values, p.values_stride, b, head, p.prefix_lens[b]);
+      keys.index = values.index = nodes;
+      if (count > 0) block(keys, values, count, positions, rows, s, false, &visible);
+      count = 0;
     };
     for (int64_t j = 0; j < p.tree_nodes; ++j) {
       bool seen = false;
       for (int64_t n = 0; n < rows / group && !seen; ++n) seen = bit(mask(b, first_query_node() + n), j);
       if (!seen) continue;
-      const int64_t slot = p.prefix_lens[b] + j;
-      stage(slot_of(p.keys, p.keys_stride, b, head, slot), 0, 1, p.head_dim, s.padded_dim, s.key + keys * s.padded_dim);
-      stage(slot_of(p.values, p.values_stride, b, head, slot), 0, 1, p.value_dim, s.padded_value_dim,
-            s.value + keys * s.padded_value_dim);
-      nodes[keys] = j;
-      positions[keys] = p.window > 0 || p.alibi_slopes ? position_of(b, j) : 0;
-      if (++keys == kBlockKeys) flush();
+      nodes[count] = j;
+      positions[count] = p.window > 0 || p.alibi_slopes ? position_of(b, j) : 0;
+      if (++count == kBlockKeys) flush();
     }
     flush();
   }
@@ -315,39 +229,61 @@ class TreeAttention {
     }
   };
 
-  void block(const float* key, int64_t key_stride, const float* value, int64_t value_stride, int keys,
-             const float* key_positions, int64_t rows, TreeAttentionScratch& s, const Visible* visible) const {
-    for (int64_t tile = 0; tile * kTileRows < rows; ++tile) {
-      const int64_t first = tile * kTileRows;
+  // All rows attend to one block. `more`: another block lies behind it, whose keys are worth fetching ahead.
+  void block(const Slots<T>& keys, const Slots<T>& values, int count, const float* key_positions, int64_t rows,
+             Scratch& s, bool more, const Visible* visible) const {
+    const int steps = int(ceil_div(count, kPack));
+    const Element* key = s.key.data();
+    int64_t key_stride = s.padded_dim;
+    if (sizeof(T) == sizeof(Element) && !keys.index && p.head_dim % kPack == 0) {
+      key = (const Element*)keys.first;
+      key_stride = keys.stride;
+    } else {
+      stage_rows(keys, count, p.head_dim, s.padded_dim, s.key.data());
+    }
+    const Element* value = s.value.data();
+    int64_t value_stride = s.padded_value_dim * kPack;
+    const bool stage = sizeof(T) != sizeof(float) || values.index || s.padded_value_dim != p.value_dim;
+    if (!stage) {
+      value = (const Element*)values.first;
+      value_stride = values.stride;
+    }
+    for (int64_t first = 0; first < rows; first += kTileRows) {
       const int tile_rows = int(smallest(kTileRows, rows - first));
       const int vectors = int(ceil_div(tile_rows, kLanes));
-      const float* query = s.query + tile * p.head_dim * kTileRows;
+      const Element* query = &s.query[first * s.steps * kPack];
+      // Values come closer while scores are computed, and the next block's keys while values are summed up.
+      Ahead values_ahead, keys_ahead;
+      if (first == 0 && !values.index) values_ahead = {(const char*)values.first, values.stride * int64_t(sizeof(T))};
+      if (first == 0 && more)
+        keys_ahead = {(const char*)(keys.first + count * keys.stride), keys.stride * int64_t(sizeof(T)) * kPack};
       if (vectors == 1) {
-        score_block<1>(key, key_stride, keys, query, p.head_dim, s.scores);
+        score_block<Element, 1>(key, key_stride, count, query, s.steps, s.scores.data(), values_ahead);
       } else if (vectors == 2) {
-        score_block<2>(key, key_stride, keys, query, p.head_dim, s.scores);
+        score_block<Element, 2>(key, key_stride, count, query, s.steps, s.scores.data(), values_ahead);
       } else {
-        score_block<3>(key, key_stride, keys, query, p.head_dim, s.scores);
+        score_block<Element, 3>(key, key_stride, count, query, s.steps, s.scores.data(), values_ahead);
       }
+      if (first == 0 && stage) stage_values(values, count, p.value_dim, s.padded_value_dim, s.value.data());
       for (int v = 0; v < vectors; ++v) {
-        adjust_scores(v, first, tile_rows, keys, key_positions, s, visible);
-        exponentiate(v, first, tile_rows, keys, s);
+        const bool adjusted = p.softcap > 0 || p.window > 0 || p.alibi_slopes || visible;
+        if (adjusted) adjust_scores(v, first, tile_rows, count, key_positions, s, visible);
+        exponentiate(v, first, tile_rows, count, adjusted ? 1.0f : scale, s);
       }
-      value_block(s.scores, tile_rows, value, value_stride, keys, s.padded_value_dim,
-                  s.acc + first * s.padded_value_dim);
+      value_block((const Element*)s.scores.data(), tile_rows, value, value_stride, steps, s.padded_value_dim,
+                  &s.acc[first * s.padded_value_dim], keys_ahead);
     }
   }
 
-  // Soft-cap, ALiBi, window and tree mask, in the order in which models apply them.
-  void adjust_scores(int v, int64_t first, int tile_rows, int keys, const float* key_positions, TreeAttentionScratch& s,
+  // Products become scores: scale, soft-cap, ALiBi, window and tree mask, in the order in which models apply them.
+  void adjust_scores(int v, int64_t first, int tile_rows, int keys, const float* key_positions, Scratch& s,
                      const Visible* visible) const {
-    if (p.softcap == 0 && p.window == 0 && !p.alibi_slopes && !visible) return;
     const int lane0 = v * kLanes;
-    const vfloat position = load(s.position + first + lane0), slope = load(s.slope + first + lane0);
+    const vfloat position = load(&s.position[first + lane0]), slope = load(&s.slope[first + lane0]);
     const vfloat nothing = splat(-INFINITY);
     for (int k = 0; k < keys; ++k) {
-      float* at = s.scores + k * kTileRows + lane0;
-      vfloat score = load(at);
+      float* at = &s.scores[k * kTileRows + lane0];
+      vfloat score = load(at) * scale;
       if (p.softcap > 0) score = tanh(score / p.softcap) * p.softcap;
       if (p.alibi_slopes) score = fma(slope, splat(key_positions[k]) - position, score);
       if (p.window > 0) score = select(position - key_positions[k] < splat(float(p.window)), score, nothing);
@@ -359,30 +295,56 @@ class TreeAttention {
     }
   }
 
-  // Scores become exp(score - max); max, sum and the values' sums move to the new max.
-  void exponentiate(int v, int64_t first, int tile_rows, int keys, TreeAttentionScratch& s) const {
-    float* scores = s.scores + v * kLanes;
+  // Scores (`factor` times what is stored) become exp(score - max); max, sum and the values' sums move to the new max.
+  void exponentiate(int v, int64_t first, int tile_rows, int keys, float factor, Scratch& s) const {
+    float* scores = &s.scores[v * kLanes];
     const int64_t row0 = first + v * kLanes;
-    const vfloat old_max = load(s.max + row0);
-    vfloat top = old_max;
-    for (int k = 0; k < keys; ++k) top = max(top, load(scores + k * kTileRows));
+    const vfloat old_max = load(&s.max[row0]), scaling = splat(factor);
+    const vfloat top = max(old_max, largest_score(scores, keys) * scaling);
     // While a row has seen nothing its max is -inf; any finite stand-in makes exp(-inf - top) zero.
     const vfloat base = select(top > splat(-INFINITY), top, splat(0.0f));
     const vfloat keep = exp(old_max - base);
-    vfloat sum = load(s.sum + row0) * keep;
-    for (int k = 0; k < keys; ++k) {
-      const vfloat probability = exp(load(scores + k * kTileRows) - base);
-      sum = sum + probability;
-      store(scores + k * kTileRows, probability);
-    }
-    store(s.max + row0, top);
-    store(s.sum + row0, sum);
+    vfloat sum = load(&s.sum[row0]) * keep;
+    const auto probability = [&](int k) LBR_INLINE {
+      const vfloat p = exp(fma(load(scores + k * kTileRows), scaling, -base));
+      sum = sum + p;
+      return p;
+    };
+    store_probabilities(scores, keys, probability);
+    store(&s.max[row0], top);
+    store(&s.sum[row0], sum);
+    if (at_least(keep, splat(1.0f)) == kAllLanes) return;
     for (int lane = 0; lane < kLanes && v * kLanes + lane < tile_rows; ++lane) {
-      if (keep[lane] == 1.0f) continue;
-      float* acc = s.acc + (row0 + lane) * s.padded_value_dim;
-      const vfloat factor = splat(keep[lane]);
-      for (int64_t d = 0; d < s.padded_value_dim; d += kLanes) store(acc + d, load(acc + d) * factor);
+      float* acc = &s.acc[(row0 + lane) * s.padded_value_dim];
+      const vfloat rescale = splat(keep[lane]);
+      for (int64_t d = 0; d < s.padded_value_dim; d += kLanes) store(acc + d, load(acc + d) * rescale);
     }
+  }
+
+  // In four chains, which hide each other's latency. A NaN may get lost here: it makes the sum NaN.
+  static vfloat largest_score(const float* scores, int keys) {
+    vfloat top[4];
+    unroll<4>([&](auto i) LBR_INLINE { top[i] = splat(-INFINITY); });
+    int k = 0;
+    for (; k + 4 <= keys; k += 4)
+      unroll<4>([&](auto i) LBR_INLINE { top[i] = max(top[i], load(scores + (k + i) * kTileRows)); });
+    for (; k < keys; ++k) top[0] = max(top[0], load(scores + k * kTileRows));
+    return max(max(top[0], top[1]), max(top[2], top[3]));
+  }
+
+  // In the place of the scores, step by step as the second product reads them.
+  template <class Probability>
+  static void store_probabilities(float* scores, int keys, const Probability& probability) {
+#if defined(LBR_AVX512_BF16)
+    if constexpr (kPack == 2) {
+      for (int k = 0; k < keys; k += 2) {
+        const vfloat even = probability(k), odd = k + 1 < keys ? probability(k + 1) : vfloat{};
+        store(scores + k / 2 * kTileRows, (vfloat)interleave(even, odd));
+      }
+      return;
+    }
+#endif
+    for (int k = 0; k < keys; ++k) store(scores + k * kTileRows, probability(k));
   }
 
   // Merges the pieces of one (row, key head) in order and writes the result.
@@ -414,6 +376,7 @@ class TreeAttention {
 
   const TreeAttentionParams& p;
   const int64_t group;
+  const float scale;  // without its sign
 };
 
 static void tree_attention(const TreeAttentionParams& params, const ThreadPool& pool) {

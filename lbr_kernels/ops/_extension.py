@@ -31,6 +31,7 @@ _SOURCES = (
     "cpu/commit.cpp",
     "cpu/isa_avx2.cpp",
     "cpu/isa_avx512.cpp",
+    "cpu/isa_avx512_bf16.cpp",
     "cpu/isa_portable.cpp",
     "cpu/kernels.cpp",
 )

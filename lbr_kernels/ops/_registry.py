@@ -27,7 +27,7 @@ from lbr_kernels.ops._checks import FLOATING
 LIBRARY = torch.library.Library("lbr_kernels", "DEF")
 
 # The values of the C++ enum Isa; they are the ops' last argument.
-CPU_BACKENDS = {"cpu": 0, "cpu-portable": 1, "cpu-avx2": 2, "cpu-avx512": 3}
+CPU_BACKENDS = {"cpu": 0, "cpu-portable": 1, "cpu-avx2": 2, "cpu-avx512": 3, "cpu-avx512-bf16": 4}
 BACKENDS = ("reference", *CPU_BACKENDS)
 
 OPS: dict[str, Callable[..., Any]] = {}

@@ -1,0 +1,196 @@
+// The two matrix products of attention over a block of keys, in register tiles.
+//
+// Query rows are packed along the lanes of a tile of kTileRows. scores[key][row] = sum_d key[d] * query[d][row] has a
+// key's element broadcast, so keys are used as they lie in memory and no sum ever runs across lanes. The second product
+// has the value's axis along the lanes and broadcasts the probability. Both go step by step through `kPack` neighbours
+// of their sum (Dot in simd.h): one for floats, a pair for the processor's bf16 dot product.
+#pragma once
+
+#include "simd.h"
+#include "support.h"
+
+namespace lbr::LBR_ISA {
+
+constexpr int kTileVectors = 3;  // vectors of rows per tile
+constexpr int kTileRows = kTileVectors * kLanes;
+
+// Rows of memory that will be wanted soon, brought closer while others are being multiplied. Null: nothing.
+struct Ahead {
+  const char* rows = nullptr;
+  int64_t stride = 0;  // bytes
+};
+
+template <class Element, int kKeys, int kVectors>
+static inline void score_tile(const Element* key, int64_t key_stride, const Element* query, int64_t steps,
+                              float* scores, Ahead ahead) {
+  using D = Dot<Element>;
+  constexpr int64_t kLineSteps = kCacheLine / (D::kPack * sizeof(Element));
+  vfloat acc[kKeys][kVectors];
+  unroll<kKeys * kVectors>([&](auto i) LBR_INLINE { acc[i / kVectors][i % kVectors] = vfloat{}; });
+  for (int64_t line = 0; line < steps; line += kLineSteps) {
+    if (ahead.rows)
+      for (int k = 0; k < kKeys; ++k) prefetch(ahead.rows + k * ahead.stride + line / kLineSteps * kCacheLine);
+    const int64_t end = smallest(steps, line + kLineSteps);
+    for (int64_t step = line; step < end; ++step) {
+      typename D::Vector q[kVectors];
+      unroll<kVectors>([&](auto v) LBR_INLINE { q[v] = load_packs(query + (step * kTileRows + v * kLanes) * D::kPack); });
+      unroll<kKeys>([&](auto k) LBR_INLINE {
+        const typename D::Vector x = splat_pack(key + k * key_stride + step * D::kPack);
+        unroll<kVectors>([&](auto v) LBR_INLINE { acc[k][v] = dot_add(x, q[v], acc[k][v]); });
+      });
+    }
+  }
+  unroll<kKeys * kVectors>([&](auto i) LBR_INLINE {
+    store(scores + i / kVectors * kTileRows + i % kVectors * kLanes, acc[i / kVectors][i % kVectors]);
+  });
+}
+
+// Keys per tile, so many that the sums fill the registers and hide each other's latency.
+template <int kVectors>
+constexpr int kTileKeys = kLanes == 16 ? (kVectors == 1 ? 16 : 8) : (kVectors == 1 ? 8 : 4);
+
+// scores[key][row] of `keys` keys with kVectors vectors of rows; `query` is [steps][kTileRows][kPack].
+template <class Element, int kVectors>
+static void score_block(const Element* key, int64_t key_stride, int keys, const Element* query, int64_t steps,
+                        float* scores, Ahead ahead) {
+  constexpr int kKeys = kTileKeys<kVectors>;
+  const auto tile = [&](auto count, int k) LBR_INLINE {
+    const Ahead here{ahead.rows ? ahead.rows + k * ahead.stride : nullptr, ahead.stride};
+    score_tile<Element, count, kVectors>(key + k * key_stride, key_stride, query, steps, scores + k * kTileRows, here);
+  };
+  int k = 0;
+  for (; k + kKeys <= keys; k += kKeys) tile(Index<kKeys>{}, k);
+  for (; k + 4 <= keys; k += 4) tile(Index<4>{}, k);
+  for (; k < keys; ++k) tile(Index<1>{}, k);
+}
+
+// acc[row][0 .. kVectors * kLanes) += sum over steps of probability[step][row] * value[step][..]
+template <class Element, int kRows, int kVectors>
+static inline void value_tile(const Element* probability, const Element* value, int64_t value_stride, int steps,
+                              float* acc, int64_t acc_stride, Ahead ahead) {
+  using D = Dot<Element>;
+  vfloat sum[kRows][kVectors];
+  unroll<kRows * kVectors>([&](auto i) LBR_INLINE {
+    sum[i / kVectors][i % kVectors] = load(acc + i / kVectors * acc_stride + i % kVectors * kLanes);
+  });
+  for (int step = 0; step < steps; ++step) {
+    if (ahead.rows)
+      for (int line = 0; line < kVectors * kLanes * 4 / kCacheLine; ++line)
+        prefetch(ahead.rows + step * ahead.stride + line * kCacheLine);
+    typename D::Vector x[kVectors];
+    unroll<kVectors>([&](auto v) LBR_INLINE { x[v] = load_packs(value + step * value_stride + v * kLanes * D::kPack); });
+    unroll<kRows>([&](auto r) LBR_INLINE {
+      const typename D::Vector p = splat_pack(probability + (step * kTileRows + r) * D::kPack);
+      unroll<kVectors>([&](auto v) LBR_INLINE { sum[r][v] = dot_add(p, x[v], sum[r][v]); });
+    });
+  }
+  unroll<kRows * kVectors>([&](auto i) LBR_INLINE {
+    store(acc + i / kVectors * acc_stride + i % kVectors * kLanes, sum[i / kVectors][i % kVectors]);
+  });
+}
+
+constexpr int kValueRows = kLanes == 16 ? 6 : 3;
+constexpr int kValueVectors = kLanes == 16 ? 4 : 3;
+
+template <class Element, int kVectors>
+static void value_columns(const Element* probability, int rows, const Element* value, int64_t value_stride, int steps,
+                          float* acc, int64_t acc_stride, Ahead ahead) {
+  constexpr int kPack = Dot<Element>::kPack;
+  int r = 0;
+  const auto tile = [&](auto count) LBR_INLINE {
+    value_tile<Element, count, kVectors>(probability + r * kPack, value, value_stride, steps, acc + r * acc_stride,
+                                         acc_stride, ahead);
+    ahead.rows = nullptr;
+    r += count;
+  };
+  while (r + kValueRows <= rows) tile(Index<kValueRows>{});
+  switch (rows - r) {
+    case 5: return tile(Index<5>{});
+    case 4: return tile(Index<4>{});
+    case 3: return tile(Index<3>{});
+    case 2: return tile(Index<2>{});
+    case 1: return tile(Index<1>{});
+  }
+}
+
+// acc[row] += sum over the block's keys of probability[key][row] * value[key]; `probability` is
+// [steps][kTileRows][kPack], `value` is [steps][padded_dim][kPack].
+template <class Element>
+static void value_block(const Element* probability, int rows, const Element* value, int64_t value_stride, int steps,
+                        int64_t padded_dim, float* acc, Ahead ahead) {
+  constexpr int kPack = Dot<Element>::kPack;
+  const auto columns = [&](auto vectors, int64_t d) LBR_INLINE {
+    const Ahead here{ahead.rows ? ahead.rows + d * 4 : nullptr, ahead.stride};
+    value_columns<Element, vectors>(probability, rows, value + d * kPack, value_stride, steps, acc + d, padded_dim, here);
+  };
+  int64_t d = 0;
+  for (; d + kValueVectors * kLanes <= padded_dim; d += kValueVectors * kLanes) columns(Index<kValueVectors>{}, d);
+  for (; d < padded_dim; d += kLanes) columns(Index<1>{}, d);
+}
+
+// The rows of a cache that a block consists of: neighbours in memory, or those that `index` names.
+template <class T>
+struct Slots {
+  const T* first;
+  int64_t stride;
+  const int64_t* index = nullptr;
+  const T* operator[](int64_t i) const { return first + (index ? index[i] : i) * stride; }
+};
+
+// The first `count` elements of a vector, zeros behind them.
+template <class T>
+static inline vfloat load_some(const T* p, int64_t count) {
+  T some[kLanes] = {};
+  std::memcpy(some, p, count * sizeof(T));
+  return load(some);
+}
+
+// Copies rows as floats, each padded with zeros to a whole number of vectors.
+template <class T>
+static void stage_rows(const Slots<T>& from, int rows, int64_t dim, int64_t padded_dim, float* to) {
+  for (int i = 0; i < rows; ++i, to += padded_dim) {
+    const T* row = from[i];
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) store(to + d, load(row + d));
+    if (d < dim) store(to + d, load_some(row + d, dim - d));
+  }
+}
+
+// Values as the second product reads them: step by step.
+template <class T>
+static void stage_values(const Slots<T>& from, int rows, int64_t dim, int64_t padded_dim, float* to) {
+  stage_rows(from, rows, dim, padded_dim, to);
+}
+
+#if defined(LBR_AVX512_BF16)
+static void stage_rows(const Slots<BFloat16>& from, int rows, int64_t dim, int64_t padded_dim, BFloat16* to) {
+  for (int i = 0; i < rows; ++i, to += padded_dim) {
+    std::memcpy(to, from[i], dim * sizeof(BFloat16));
+    std::memset(to + dim, 0, (padded_dim - dim) * sizeof(BFloat16));
+  }
+}
+
+static inline vhalf load_half(const BFloat16* p, int64_t count) {
+  vhalf v{};
+  std::memcpy(&v, p, smallest(count, kLanes) * sizeof(BFloat16));
+  return v;
+}
+
+// Two rows interleaved: each pair goes into one dot product. Behind an odd number of rows stands one of zeros.
+static void stage_values(const Slots<BFloat16>& from, int rows, int64_t dim, int64_t padded_dim, BFloat16* to) {
+  for (int i = 0; i < rows; i += 2, to += 2 * padded_dim) {
+    const BFloat16 *a = from[i], *b = i + 1 < rows ? from[i + 1] : nullptr;
+    int64_t d = 0;
+    for (; b && d + kLanes <= dim; d += kLanes) {
+      const vint pairs = interleave(load_as<vhalf>(a + d), load_as<vhalf>(b + d));
+      std::memcpy(to + 2 * d, &pairs, sizeof pairs);
+    }
+    for (; d < dim; d += kLanes) {
+      const vint pairs = interleave(load_half(a + d, dim - d), b ? load_half(b + d, dim - d) : vhalf{});
+      std::memcpy(to + 2 * d, &pairs, sizeof pairs);
+    }
+  }
+}
+#endif
+
+}  // namespace lbr::LBR_ISA
