@@ -6,6 +6,8 @@
 // of their sum (Dot in simd.h): one for floats, a pair for the processor's bf16 dot product.
 #pragma once
 
+#include <math.h>
+
 #include "simd.h"
 #include "support.h"
 
@@ -20,65 +22,168 @@ struct Ahead {
   int64_t stride = 0;  // bytes
 };
 
-template <class Element, int kKeys, int kVectors>
+// scores[key][row] for kVectors vectors of rows. With kHalf half a vector of rows lies behind them, in which two keys
+// share a vector: its low half is the first one's, its high half the second one's.
+template <class Element, int kKeys, int kVectors, bool kHalf>
 static inline void score_tile(const Element* key, int64_t key_stride, const Element* query, int64_t steps,
                               float* scores, Ahead ahead) {
   using D = Dot<Element>;
+  using Vector = typename D::Vector;
   constexpr int64_t kLineSteps = kCacheLine / (D::kPack * sizeof(Element));
-  vfloat acc[kKeys][kVectors];
+  constexpr int kPairs = kHalf ? kKeys / 2 : 0;
+  vfloat acc[kKeys][kVectors], shared[kPairs + 1];
   unroll<kKeys * kVectors>([&](auto i) LBR_INLINE { acc[i / kVectors][i % kVectors] = vfloat{}; });
+  unroll<kPairs>([&](auto i) LBR_INLINE { shared[i] = vfloat{}; });
   for (int64_t line = 0; line < steps; line += kLineSteps) {
     if (ahead.rows)
       for (int k = 0; k < kKeys; ++k) prefetch(ahead.rows + k * ahead.stride + line / kLineSteps * kCacheLine);
     const int64_t end = smallest(steps, line + kLineSteps);
     for (int64_t step = line; step < end; ++step) {
-      typename D::Vector q[kVectors];
-      unroll<kVectors>([&](auto v) LBR_INLINE { q[v] = load_packs(query + (step * kTileRows + v * kLanes) * D::kPack); });
-      unroll<kKeys>([&](auto k) LBR_INLINE {
-        const typename D::Vector x = splat_pack(key + k * key_stride + step * D::kPack);
-        unroll<kVectors>([&](auto v) LBR_INLINE { acc[k][v] = dot_add(x, q[v], acc[k][v]); });
-      });
+      const Element* q = query + step * kTileRows * D::kPack;
+      Vector rows[kVectors];
+      unroll<kVectors>([&](auto v) LBR_INLINE { rows[v] = load_packs(q + v * kLanes * D::kPack); });
+      const auto multiply = [&](auto k) LBR_INLINE {
+        const Vector x = splat_pack(key + k * key_stride + step * D::kPack);
+        unroll<kVectors>([&](auto v) LBR_INLINE { acc[k][v] = dot_add(x, rows[v], acc[k][v]); });
+        return x;
+      };
+      if constexpr (kHalf) {
+        const Vector half = load_packs_twice(q + kVectors * kLanes * D::kPack);
+        unroll<kPairs>([&](auto i) LBR_INLINE {
+          const Vector first = multiply(Index<2 * i>{}), second = multiply(Index<2 * i + 1>{});
+          shared[i] = dot_add(blend_halves(first, second), half, shared[i]);
+        });
+      } else {
+        unroll<kKeys>([&](auto k) LBR_INLINE { multiply(k); });
+      }
     }
   }
   unroll<kKeys * kVectors>([&](auto i) LBR_INLINE {
     store(scores + i / kVectors * kTileRows + i % kVectors * kLanes, acc[i / kVectors][i % kVectors]);
   });
+  if constexpr (kHalf) {
+    float* const behind = scores + kVectors * kLanes;
+    unroll<kPairs>([&](auto i) LBR_INLINE {
+      split_halves(shared[i], behind + 2 * i * kTileRows, behind + (2 * i + 1) * kTileRows);
+    });
+  }
 }
 
-// Keys per tile, so many that the sums fill the registers and hide each other's latency.
-template <int kVectors>
-constexpr int kTileKeys = kLanes == 16 ? (kVectors == 1 ? 16 : 8) : (kVectors == 1 ? 8 : 4);
+// How the rows of a tile lie in vectors. A last vector that would be no more than half full is shared by two keys,
+// where the instruction set has the means.
+struct TileShape {
+  explicit TileShape(int rows) : vectors(int(ceil_div(rows, kLanes))) {
+#if defined(LBR_AVX512)
+    half = rows > kLanes && rows % kLanes > 0 && rows % kLanes <= kLanes / 2;
+#endif
+  }
+  int vectors;
+  bool half = false;  // the last of them
+};
 
-// scores[key][row] of `keys` keys with kVectors vectors of rows; `query` is [steps][kTileRows][kPack].
-template <class Element, int kVectors>
+// scores[key][row] of `keys` keys; `query` is [steps][kTileRows][kPack].
+template <class Element, int kVectors, bool kHalf>
 static void score_block(const Element* key, int64_t key_stride, int keys, const Element* query, int64_t steps,
                         float* scores, Ahead ahead) {
-  constexpr int kKeys = kTileKeys<kVectors>;
-  const auto tile = [&](auto count, int k) LBR_INLINE {
+  // So many keys at a time that the sums fill the registers and hide each other's latency.
+  constexpr int kKeys = (kLanes == 16 ? 8 : 4) * (kVectors == 1 ? 2 : 1);
+  const auto tile = [&](auto count, auto vectors, auto half, int k) LBR_INLINE {
     const Ahead here{ahead.rows ? ahead.rows + k * ahead.stride : nullptr, ahead.stride};
-    score_tile<Element, count, kVectors>(key + k * key_stride, key_stride, query, steps, scores + k * kTileRows, here);
+    score_tile<Element, count, vectors, half>(key + k * key_stride, key_stride, query, steps, scores + k * kTileRows,
+                                              here);
   };
   int k = 0;
-  for (; k + kKeys <= keys; k += kKeys) tile(Index<kKeys>{}, k);
-  for (; k + 4 <= keys; k += 4) tile(Index<4>{}, k);
-  for (; k < keys; ++k) tile(Index<1>{}, k);
+  for (; k + kKeys <= keys; k += kKeys) tile(Index<kKeys>{}, Index<kVectors>{}, Index<kHalf>{}, k);
+  for (; k + 4 <= keys; k += 4) tile(Index<4>{}, Index<kVectors>{}, Index<kHalf>{}, k);
+  for (; k < keys; ++k) tile(Index<1>{}, Index<kVectors + kHalf>{}, Index<false>{}, k);
 }
 
-// acc[row][0 .. kVectors * kLanes) += sum over steps of probability[step][row] * value[step][..]
+template <class Element>
+static void score_block(TileShape shape, const Element* key, int64_t key_stride, int keys, const Element* query,
+                        int64_t steps, float* scores, Ahead ahead) {
+  const auto run = [&](auto vectors, auto half) {
+    score_block<Element, vectors, half>(key, key_stride, keys, query, steps, scores, ahead);
+  };
+#if defined(LBR_AVX512)
+  if (shape.half) return shape.vectors == 2 ? run(Index<1>{}, Index<true>{}) : run(Index<2>{}, Index<true>{});
+#endif
+  switch (shape.vectors) {
+    case 1: return run(Index<1>{}, Index<false>{});
+    case 2: return run(Index<2>{}, Index<false>{});
+    default: return run(Index<3>{}, Index<false>{});
+  }
+}
+
+// How softmax reads the scores of one vector of rows: a vector for each key ...
+template <class Element>
+struct WholeLanes {
+  static constexpr int kKeys = 1;
+  static vfloat scores(const float* at, int k, int /*keys*/) { return load(at + k * kTileRows); }
+  static vfloat over_keys(vfloat v, vfloat (*)(vfloat, vfloat)) { return v; }
+  static vfloat first_of(vfloat v) { return v; }
+
+  // Probabilities take the scores' place, step by step as the second product reads them.
+  template <class Probability>
+  static void store_probabilities(float* at, int keys, const Probability& probability) {
+#if defined(LBR_AVX512_BF16)
+    if constexpr (Dot<Element>::kPack == 2) {
+      for (int k = 0; k < keys; k += 2) {
+        const vfloat even = probability(k), odd = k + 1 < keys ? probability(k + 1) : vfloat{};
+        store(at + k / 2 * kTileRows, (vfloat)interleave(even, odd));
+      }
+      return;
+    }
+#endif
+    for (int k = 0; k < keys; ++k) store(at + k * kTileRows, probability(k));
+  }
+};
+
+#if defined(LBR_AVX512)
+// ... or one for every two keys, each in its half.
+template <class Element>
+struct HalfLanes {
+  static constexpr int kKeys = 2;
+  static vfloat scores(const float* at, int k, int keys) {
+    if (k + 1 == keys) return blend_halves(load(at + k * kTileRows), splat(-INFINITY));
+    return join_halves(at + k * kTileRows, at + (k + 1) * kTileRows);
+  }
+  static vfloat over_keys(vfloat v, vfloat (*combine)(vfloat, vfloat)) { return combine(v, swap_halves(v)); }
+  static vfloat first_of(vfloat v) { return blend_halves(v, vfloat{}); }
+
+  template <class Probability>
+  static void store_probabilities(float* at, int keys, const Probability& probability) {
+    for (int k = 0; k < keys; k += 2) {
+      if constexpr (Dot<Element>::kPack == 1) {
+        split_halves(probability(k), at + k * kTileRows, at + (k + 1) * kTileRows);
+      } else {
+#if defined(LBR_AVX512_BF16)
+        store_interleaved_halves(probability(k), at + k / 2 * kTileRows);
+#endif
+      }
+    }
+  }
+};
+#endif
+
+// acc[row][0 .. kVectors * kLanes) += sum over steps of probability[step][row] * value[step][..]; every `interval`-th
+// step from `phase` on fetches that step's part of `ahead`.
 template <class Element, int kRows, int kVectors>
 static inline void value_tile(const Element* probability, const Element* value, int64_t value_stride, int steps,
-                              float* acc, int64_t acc_stride, Ahead ahead) {
+                              float* acc, int64_t acc_stride, Ahead ahead, int phase, int interval) {
   using D = Dot<Element>;
   vfloat sum[kRows][kVectors];
   unroll<kRows * kVectors>([&](auto i) LBR_INLINE {
     sum[i / kVectors][i % kVectors] = load(acc + i / kVectors * acc_stride + i % kVectors * kLanes);
   });
   for (int step = 0; step < steps; ++step) {
-    if (ahead.rows)
+    if (step == phase && ahead.rows) {
       for (int line = 0; line < kVectors * kLanes * 4 / kCacheLine; ++line)
         prefetch(ahead.rows + step * ahead.stride + line * kCacheLine);
+      phase += interval;
+    }
     typename D::Vector x[kVectors];
-    unroll<kVectors>([&](auto v) LBR_INLINE { x[v] = load_packs(value + step * value_stride + v * kLanes * D::kPack); });
+    unroll<kVectors>([&](auto v)
+                         LBR_INLINE { x[v] = load_packs(value + step * value_stride + v * kLanes * D::kPack); });
     unroll<kRows>([&](auto r) LBR_INLINE {
       const typename D::Vector p = splat_pack(probability + (step * kTileRows + r) * D::kPack);
       unroll<kVectors>([&](auto v) LBR_INLINE { sum[r][v] = dot_add(p, x[v], sum[r][v]); });
@@ -96,11 +201,11 @@ template <class Element, int kVectors>
 static void value_columns(const Element* probability, int rows, const Element* value, int64_t value_stride, int steps,
                           float* acc, int64_t acc_stride, Ahead ahead) {
   constexpr int kPack = Dot<Element>::kPack;
+  const int tiles = int(ceil_div(rows, kValueRows));  // each fetches a share of what is ahead
   int r = 0;
   const auto tile = [&](auto count) LBR_INLINE {
     value_tile<Element, count, kVectors>(probability + r * kPack, value, value_stride, steps, acc + r * acc_stride,
-                                         acc_stride, ahead);
-    ahead.rows = nullptr;
+                                         acc_stride, ahead, r / kValueRows, tiles);
     r += count;
   };
   while (r + kValueRows <= rows) tile(Index<kValueRows>{});
@@ -121,7 +226,8 @@ static void value_block(const Element* probability, int rows, const Element* val
   constexpr int kPack = Dot<Element>::kPack;
   const auto columns = [&](auto vectors, int64_t d) LBR_INLINE {
     const Ahead here{ahead.rows ? ahead.rows + d * 4 : nullptr, ahead.stride};
-    value_columns<Element, vectors>(probability, rows, value + d * kPack, value_stride, steps, acc + d, padded_dim, here);
+    value_columns<Element, vectors>(probability, rows, value + d * kPack, value_stride, steps, acc + d, padded_dim,
+                                    here);
   };
   int64_t d = 0;
   for (; d + kValueVectors * kLanes <= padded_dim; d += kValueVectors * kLanes) columns(Index<kValueVectors>{}, d);

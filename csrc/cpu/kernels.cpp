@@ -24,7 +24,11 @@ const CpuKernels* cpu_kernels(Isa isa) {
     case Isa::kAvx2: return has_avx2() ? &kAvx2Kernels : nullptr;
     case Isa::kAvx512: return has_avx512() ? &kAvx512Kernels : nullptr;
     case Isa::kAvx512Bf16: return has_avx512_bf16() ? &kAvx512Bf16Kernels : nullptr;
-    case Isa::kBest: return has_avx512_bf16() ? &kAvx512Bf16Kernels : has_avx512() ? &kAvx512Kernels : has_avx2() ? &kAvx2Kernels : &kPortableKernels;
+    case Isa::kBest:
+      return has_avx512_bf16() ? &kAvx512Bf16Kernels
+             : has_avx512()    ? &kAvx512Kernels
+             : has_avx2()      ? &kAvx2Kernels
+                               : &kPortableKernels;
 #else
     case Isa::kBest: return &kPortableKernels;
 #endif

@@ -149,6 +149,23 @@ static inline vfloat fma(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 
+#if defined(LBR_AVX512)
+// Vectors of two halves.
+static inline vfloat swap_halves(vfloat v) { return (vfloat)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0x4e); }
+static inline vfloat join_halves(const float* low, const float* high) {
+  return (vfloat)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1);
+}
+static inline void split_halves(vfloat v, float* low, float* high) {
+  _mm256_storeu_ps(low, _mm512_castps512_ps256((__m512)v));
+  _mm256_storeu_ps(high, _mm512_extractf32x8_ps((__m512)v, 1));
+}
+// The low half of one, the high half of the other.
+template <class V>
+static inline V blend_halves(V low, V high) {
+  return (V)_mm512_mask_blend_ps(0xff00, (__m512)low, (__m512)high);
+}
+#endif
+
 // How a kernel multiplies what is stored as T: `kPack` neighbours of type `Element` in one step, which dot_add sums up.
 template <class T>
 struct Dot {
@@ -159,6 +176,9 @@ struct Dot {
 
 static inline vfloat load_packs(const float* p) { return load(p); }
 static inline vfloat splat_pack(const float* p) { return splat(*p); }
+#if defined(LBR_AVX512)
+static inline vfloat load_packs_twice(const float* p) { return join_halves(p, p); }
+#endif
 static inline vfloat dot_add(vfloat a, vfloat b, vfloat c) { return fma(a, b, c); }
 
 #if defined(LBR_AVX512_BF16)
@@ -170,6 +190,10 @@ struct Dot<BFloat16> {
 };
 
 static inline vint load_packs(const BFloat16* p) { return load_as<vint>(p); }
+
+static inline vint load_packs_twice(const BFloat16* p) {
+  return (vint)_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p));
+}
 
 static inline vint splat_pack(const BFloat16* p) {
   int32_t pair;
@@ -195,6 +219,13 @@ static inline vint interleave(vhalf a, vhalf b) {
 // Both rounded to nearest.
 static inline vint interleave(vfloat a, vfloat b) {
   return interleave((__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+}
+
+// The same for the two halves of one vector: eight pairs.
+static inline void store_interleaved_halves(vfloat v, float* p) {
+  const __m256i order = _mm256_set_epi16(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
+  const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+  _mm256_storeu_si256((__m256i*)p, _mm256_permutexvar_epi16(order, halves));
 }
 #endif
 
@@ -238,34 +269,37 @@ static inline float horizontal_max(vfloat v) {
   return best;
 }
 
-// e^x within 2 ulp for x <= 88; exactly 0 below -87, so that what is masked by -inf counts for nothing. NaN stays NaN.
-static inline vfloat exp(vfloat x) {
+constexpr float kLog2E = 1.44269504f;
+
+// 2^x within 1 ulp for x <= 127; exactly 0 below -126, so that what is masked by -inf counts for nothing. NaN stays
+// NaN.
+static inline vfloat exp2(vfloat x) {
 #if defined(LBR_AVX512)
-  const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT);
-  vfloat r = fma(n, splat(-0x1.62e400p-1f), x);  // ln 2 in two parts
+  const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  const vfloat r = x - n;
 #else
-  const vfloat round_magic = splat(0x1.8p23f);
-  const vfloat clamped = max(splat(-87.0f), min(splat(88.0f), x));
-  const vfloat shifted = fma(clamped, splat(1.44269504f), round_magic);
-  const vfloat n = shifted - round_magic;
-  vfloat r = fma(n, splat(-0x1.62e400p-1f), clamped);
+  const vfloat clamped = max(splat(-126.0f), min(splat(127.0f), x));
+  const vfloat shifted = clamped + 0x1.8p23f;  // n sits in its low bits
+  const vfloat r = clamped - (shifted - 0x1.8p23f);
 #endif
-  r = fma(n, splat(-0x1.7f7d1cp-20f), r);
-  vfloat p = splat(1.9875691500e-4f);
-  p = fma(p, r, splat(1.3981999507e-3f));
-  p = fma(p, r, splat(8.3334519073e-3f));
-  p = fma(p, r, splat(4.1665795894e-2f));
-  p = fma(p, r, splat(1.6666665459e-1f));
-  p = fma(p, r, splat(5.0000001201e-1f));
-  p = fma(p, r * r, r) + 1.0f;
+  // The polynomial of least relative error on [-1/2, 1/2].
+  vfloat p = splat(0x1.41d334p-13f);
+  p = fma(p, r, splat(0x1.5f456ap-10f));
+  p = fma(p, r, splat(0x1.3b2dbcp-7f));
+  p = fma(p, r, splat(0x1.c6aed4p-5f));
+  p = fma(p, r, splat(0x1.ebfbdap-3f));
+  p = fma(p, r, splat(0x1.62e430p-1f));
+  p = fma(p, r, splat(1.0f));
 #if defined(LBR_AVX512)
-  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   return (vfloat)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)n);
 #else
-  const vint exponent = (vint)shifted << 23;  // n sits in the low bits of the shifted sum
-  return select(x >= splat(-87.0f), (vfloat)((vint)p + exponent), max(splat(0.0f), x));
+  return select(x >= splat(-126.0f), (vfloat)((vint)p + ((vint)shifted << 23)), max(splat(0.0f), x));
 #endif
 }
+
+// e^x for |x| < 87, relative error 6e-8 (1 + |x|); 0 below.
+static inline vfloat exp(vfloat x) { return exp2(x * kLog2E); }
 
 // Within 2 ulp: near 0, where 1 - 2 / (e^2x + 1) cancels, the odd polynomial of the Cephes library.
 static inline vfloat tanh(vfloat x) {

@@ -16,8 +16,9 @@
 
 namespace lbr::LBR_ISA {
 
+constexpr float kSlack = 8;         // what is summed up may grow to 2^kSlack before it is scaled down
 constexpr int64_t kMinPiece = 256;  // slots in the shortest piece of a prefix
-constexpr int64_t kMaxPieces = 16;
+constexpr int64_t kMaxPieces = 8;
 constexpr int64_t kPieceStep = 128;  // pieces are whole blocks for every type
 
 static inline int64_t piece_length(int64_t prefix_len) {
@@ -41,21 +42,21 @@ class TreeAttentionScratch {
         key(kBlockKeys * padded_dim),
         value(kBlockKeys * padded_value_dim),
         scores(kBlockKeys * kTileRows),
-        max(tiles * kTileRows),
+        top(tiles * kTileRows),
         sum(tiles * kTileRows),
         position(tiles * kTileRows),
         slope(tiles * kTileRows),
         acc(rows * padded_value_dim) {}
 
   const int64_t tiles, steps, padded_dim, padded_value_dim;
-  Buffer<Element> query;           // [tiles][steps][kTileRows][kPack]
-  Buffer<Element> key;             // [kBlockKeys][padded_dim], where keys cannot be used as they lie
-  Buffer<Element> value;           // [kBlockKeys / kPack][padded_value_dim][kPack]
-  Buffer<float> scores;            // [kBlockKeys][kTileRows], then probabilities [kBlockKeys / kPack][kTileRows][kPack]
-  Buffer<float> max, sum;          // [tiles * kTileRows] the state of every row
-  Buffer<float> position, slope;   // [tiles * kTileRows] of the query; ALiBi's
-  Buffer<float> acc;               // [rows][padded_value_dim]
-  int64_t row = -1, head = -1;     // whose queries are loaded
+  Buffer<Element> query;          // [tiles][steps][kTileRows][kPack]
+  Buffer<Element> key;            // [kBlockKeys][padded_dim], where keys cannot be used as they lie
+  Buffer<Element> value;          // [kBlockKeys / kPack][padded_value_dim][kPack]
+  Buffer<float> scores;           // [kBlockKeys][kTileRows], then probabilities [kBlockKeys / kPack][kTileRows][kPack]
+  Buffer<float> top, sum;         // [tiles * kTileRows] the state of every row
+  Buffer<float> position, slope;  // [tiles * kTileRows] of the query; ALiBi's
+  Buffer<float> acc;              // [rows][padded_value_dim]
+  int64_t row = -1, head = -1;    // whose queries are loaded
 };
 
 template <class T>
@@ -86,12 +87,15 @@ class TreeAttention {
         attend_piece(b, local / pieces, local % pieces, scratch, &states[task * state_size]);
       }
     });
-    pool.parallel_for(p.batch * p.kv_heads, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / p.kv_heads, head = i % p.kv_heads, pieces = num_pieces(b);
-        finish(b, head, &states[(first_task[b] + head * pieces) * state_size], pieces, state_size);
-      }
-    });
+    constexpr int64_t kWork = 1 << 14;  // multiplications that are worth another worker
+    pool.parallel_for(p.batch * p.kv_heads * max_rows(), largest(1, kWork / largest(1, p.value_dim)),
+                      [&](int64_t begin, int64_t end) {
+                        for (int64_t i = begin; i < end; ++i) {
+                          const int64_t b = i / max_rows() / p.kv_heads, head = i / max_rows() % p.kv_heads;
+                          const int64_t first = first_task[b] + head * num_pieces(b);
+                          finish(b, head, i % max_rows(), &states[first * state_size], state_size);
+                        }
+                      });
   }
 
  private:
@@ -137,9 +141,9 @@ class TreeAttention {
       prefix_block(b, head, slot, int(smallest(kBlockKeys, end - slot)), rows, slot + kBlockKeys < end, s);
     if (last) tree_blocks(b, head, rows, s);
 
-    // Layout of a state: per row its max, then its sum, then its values.
+    // Layout of a state: per row its top, then its sum, then its values.
     for (int64_t r = 0; r < rows; ++r) {
-      state[r] = s.max[r];
+      state[r] = s.top[r];
       state[max_rows() + r] = s.sum[r];
       std::memcpy(state + 2 * max_rows() + r * p.value_dim, &s.acc[r * s.padded_value_dim],
                   p.value_dim * sizeof(float));
@@ -160,7 +164,7 @@ class TreeAttention {
       const T* query = (const T*)p.query + b * p.query_stride[0] + q_head * p.query_stride[1] + n * p.query_stride[2];
       // The scale's sign goes into the query, so that the largest product stays the largest score.
       for (int64_t d = 0; d < p.head_dim; ++d) column(d) = signed_element(query[d]);
-      if (p.window > 0 || p.alibi_slopes) s.position[r] = position_of(b, first_query_node() + n);
+      if (uses_positions()) s.position[r] = position_of(b, first_query_node() + n);
       if (p.alibi_slopes) s.slope[r] = p.alibi_slopes[q_head];
     }
   }
@@ -174,12 +178,13 @@ class TreeAttention {
 
   static void clear(int64_t rows, Scratch& s) {
     for (int64_t r = 0; r < s.tiles * kTileRows; ++r) {
-      s.max[r] = -INFINITY;
+      s.top[r] = -INFINITY;
       s.sum[r] = 0;
     }
     std::memset(s.acc.data(), 0, rows * s.padded_value_dim * sizeof(float));
   }
 
+  bool uses_positions() const { return p.window > 0 || p.alibi_slopes; }
   float position_of(int64_t b, int64_t node) const { return float(p.prefix_lens[b] + depth(b, node) - 1); }
 
   // The slots of one head from `slot` on.
@@ -189,7 +194,7 @@ class TreeAttention {
 
   void prefix_block(int64_t b, int64_t head, int64_t slot, int keys, int64_t rows, bool more, Scratch& s) const {
     float key_positions[kBlockKeys];
-    for (int k = 0; k < keys; ++k) key_positions[k] = float(slot + k);
+    for (int k = 0; k < keys && uses_positions(); ++k) key_positions[k] = float(slot + k);
     block(slots_of(p.keys, p.keys_stride, b, head, slot), slots_of(p.values, p.values_stride, b, head, slot), keys,
           key_positions, rows, s, more, nullptr);
   }
@@ -212,7 +217,7 @@ class TreeAttention {
       for (int64_t n = 0; n < rows / group && !seen; ++n) seen = bit(mask(b, first_query_node() + n), j);
       if (!seen) continue;
       nodes[count] = j;
-      positions[count] = p.window > 0 || p.alibi_slopes ? position_of(b, j) : 0;
+      if (uses_positions()) positions[count] = position_of(b, j);
       if (++count == kBlockKeys) flush();
     }
     flush();
@@ -250,25 +255,26 @@ class TreeAttention {
     }
     for (int64_t first = 0; first < rows; first += kTileRows) {
       const int tile_rows = int(smallest(kTileRows, rows - first));
-      const int vectors = int(ceil_div(tile_rows, kLanes));
+      const TileShape shape(tile_rows);
       const Element* query = &s.query[first * s.steps * kPack];
       // Values come closer while scores are computed, and the next block's keys while values are summed up.
       Ahead values_ahead, keys_ahead;
       if (first == 0 && !values.index) values_ahead = {(const char*)values.first, values.stride * int64_t(sizeof(T))};
       if (first == 0 && more)
         keys_ahead = {(const char*)(keys.first + count * keys.stride), keys.stride * int64_t(sizeof(T)) * kPack};
-      if (vectors == 1) {
-        score_block<Element, 1>(key, key_stride, count, query, s.steps, s.scores.data(), values_ahead);
-      } else if (vectors == 2) {
-        score_block<Element, 2>(key, key_stride, count, query, s.steps, s.scores.data(), values_ahead);
-      } else {
-        score_block<Element, 3>(key, key_stride, count, query, s.steps, s.scores.data(), values_ahead);
-      }
+      score_block(shape, key, key_stride, count, query, s.steps, s.scores.data(), values_ahead);
       if (first == 0 && stage) stage_values(values, count, p.value_dim, s.padded_value_dim, s.value.data());
-      for (int v = 0; v < vectors; ++v) {
-        const bool adjusted = p.softcap > 0 || p.window > 0 || p.alibi_slopes || visible;
+      for (int v = 0; v < shape.vectors; ++v) {
+        const bool adjusted = p.softcap > 0 || uses_positions() || visible;
+        const float factor = (adjusted ? 1.0f : scale) * kLog2E;
         if (adjusted) adjust_scores(v, first, tile_rows, count, key_positions, s, visible);
-        exponentiate(v, first, tile_rows, count, adjusted ? 1.0f : scale, s);
+#if defined(LBR_AVX512)
+        if (shape.half && v == shape.vectors - 1) {
+          exponentiate<HalfLanes<Element>>(v, first, tile_rows, count, factor, s);
+          break;
+        }
+#endif
+        exponentiate<WholeLanes<Element>>(v, first, tile_rows, count, factor, s);
       }
       value_block((const Element*)s.scores.data(), tile_rows, value, value_stride, steps, s.padded_value_dim,
                   &s.acc[first * s.padded_value_dim], keys_ahead);
@@ -295,83 +301,72 @@ class TreeAttention {
     }
   }
 
-  // Scores (`factor` times what is stored) become exp(score - max); max, sum and the values' sums move to the new max.
+  // Scores (in units of ln 2 `factor` times what is stored) become 2^(score - top); top, sum and the values' sums move
+  // to the new top, if that is so much larger that it is worth the trouble.
+  template <class Lanes>
   void exponentiate(int v, int64_t first, int tile_rows, int keys, float factor, Scratch& s) const {
     float* scores = &s.scores[v * kLanes];
     const int64_t row0 = first + v * kLanes;
-    const vfloat old_max = load(&s.max[row0]), scaling = splat(factor);
-    const vfloat top = max(old_max, largest_score(scores, keys) * scaling);
-    // While a row has seen nothing its max is -inf; any finite stand-in makes exp(-inf - top) zero.
+    const vfloat old_max = load(&s.top[row0]), scaling = splat(factor);
+    const vfloat largest = Lanes::over_keys(largest_score<Lanes>(scores, keys), max) * scaling;
+    const vfloat top = select(largest > old_max + kSlack, largest, old_max);
+    // While a row has seen nothing its top is -inf; any finite stand-in makes 2^(-inf - top) zero.
     const vfloat base = select(top > splat(-INFINITY), top, splat(0.0f));
-    const vfloat keep = exp(old_max - base);
-    vfloat sum = load(&s.sum[row0]) * keep;
+    const vfloat keep = exp2(old_max - base);
+    vfloat sum = Lanes::first_of(load(&s.sum[row0]) * keep);
     const auto probability = [&](int k) LBR_INLINE {
-      const vfloat p = exp(fma(load(scores + k * kTileRows), scaling, -base));
+      const vfloat p = exp2(fma(Lanes::scores(scores, k, keys), scaling, -base));
       sum = sum + p;
       return p;
     };
-    store_probabilities(scores, keys, probability);
-    store(&s.max[row0], top);
-    store(&s.sum[row0], sum);
+    Lanes::store_probabilities(scores, keys, probability);
+    store(&s.top[row0], top);
+    store(&s.sum[row0], Lanes::over_keys(sum, add));
     if (at_least(keep, splat(1.0f)) == kAllLanes) return;
     for (int lane = 0; lane < kLanes && v * kLanes + lane < tile_rows; ++lane) {
+      if (keep[lane] == 1.0f) continue;
       float* acc = &s.acc[(row0 + lane) * s.padded_value_dim];
       const vfloat rescale = splat(keep[lane]);
       for (int64_t d = 0; d < s.padded_value_dim; d += kLanes) store(acc + d, load(acc + d) * rescale);
     }
   }
 
+  static vfloat add(vfloat a, vfloat b) { return a + b; }
+
   // In four chains, which hide each other's latency. A NaN may get lost here: it makes the sum NaN.
+  template <class Lanes>
   static vfloat largest_score(const float* scores, int keys) {
     vfloat top[4];
     unroll<4>([&](auto i) LBR_INLINE { top[i] = splat(-INFINITY); });
     int k = 0;
-    for (; k + 4 <= keys; k += 4)
-      unroll<4>([&](auto i) LBR_INLINE { top[i] = max(top[i], load(scores + (k + i) * kTileRows)); });
-    for (; k < keys; ++k) top[0] = max(top[0], load(scores + k * kTileRows));
+    for (; k + 4 * Lanes::kKeys <= keys; k += 4 * Lanes::kKeys)
+      unroll<4>([&](auto i) LBR_INLINE { top[i] = max(top[i], Lanes::scores(scores, k + i * Lanes::kKeys, keys)); });
+    for (; k < keys; k += Lanes::kKeys) top[0] = max(top[0], Lanes::scores(scores, k, keys));
     return max(max(top[0], top[1]), max(top[2], top[3]));
   }
 
-  // In the place of the scores, step by step as the second product reads them.
-  template <class Probability>
-  static void store_probabilities(float* scores, int keys, const Probability& probability) {
-#if defined(LBR_AVX512_BF16)
-    if constexpr (kPack == 2) {
-      for (int k = 0; k < keys; k += 2) {
-        const vfloat even = probability(k), odd = k + 1 < keys ? probability(k + 1) : vfloat{};
-        store(scores + k / 2 * kTileRows, (vfloat)interleave(even, odd));
-      }
+  // Merges the pieces of one query row in order and writes the result.
+  void finish(int64_t b, int64_t head, int64_t r, float* states, int64_t state_size) const {
+    const int64_t n = r / group, q_head = head * group + r % group;
+    T* out = (T*)p.out + ((b * p.q_heads + q_head) * p.num_queries + n) * p.value_dim;
+    float* lse = p.lse + (b * p.q_heads + q_head) * p.num_queries + n;
+    if (r >= num_rows(b)) {
+      std::memset((void*)out, 0, p.value_dim * sizeof(T));
+      *lse = -INFINITY;
       return;
     }
-#endif
-    for (int k = 0; k < keys; ++k) store(scores + k * kTileRows, probability(k));
-  }
-
-  // Merges the pieces of one (row, key head) in order and writes the result.
-  void finish(int64_t b, int64_t head, float* states, int64_t pieces, int64_t state_size) const {
-    const int64_t rows = num_rows(b);
-    for (int64_t r = 0; r < max_rows(); ++r) {
-      const int64_t n = r / group, q_head = head * group + r % group;
-      T* out = (T*)p.out + ((b * p.q_heads + q_head) * p.num_queries + n) * p.value_dim;
-      float* lse = p.lse + (b * p.q_heads + q_head) * p.num_queries + n;
-      if (r >= rows) {
-        std::memset((void*)out, 0, p.value_dim * sizeof(T));
-        *lse = -INFINITY;
-        continue;
-      }
-      const auto at = [&](int64_t piece) {
-        const float* state = states + piece * state_size;
-        return OnlineSoftmax{state[r], state[max_rows() + r]};
-      };
-      OnlineSoftmax total = at(0);
-      float* values = states + 2 * max_rows() + r * p.value_dim;
-      for (int64_t piece = 1; piece < pieces; ++piece)
-        merge(total, values, at(piece), values + piece * state_size, p.value_dim);
-      if (p.sinks) merge_sink(total, values, p.sinks[q_head], p.value_dim);
-      const float factor = normaliser(total);
-      for (int64_t d = 0; d < p.value_dim; ++d) narrow(values[d] * factor, out + d);
-      *lse = log_sum_exp(total);
-    }
+    const auto at = [&](int64_t piece) {
+      const float* state = states + piece * state_size;
+      return OnlineSoftmax{state[r], state[max_rows() + r]};
+    };
+    OnlineSoftmax total = at(0);
+    float* values = states + 2 * max_rows() + r * p.value_dim;
+    for (int64_t piece = 1; piece < num_pieces(b); ++piece)
+      merge(total, values, at(piece), values + piece * state_size, p.value_dim);
+    if (p.sinks) merge_sink(total, values, p.sinks[q_head] * kLog2E, p.value_dim);
+    const float factor = normaliser(total);
+    for (int64_t d = 0; d < p.value_dim; ++d) narrow(values[d] * factor, out + d);
+    *lse = log_sum_exp(total);
   }
 
   const TreeAttentionParams& p;
