@@ -45,6 +45,13 @@ std::string dtype_name(ScalarType type) {
   }
 }
 
+std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "[") << t.size(i);
+  text << (t.dim() ? "]" : "[]");
+  return text.str();
+}
+
 // An axis that a shape must have: its letter, and its size where that is known (-1: anything; -2: 1 or `size`).
 struct Axis {
   const char* name;
@@ -76,8 +83,7 @@ class Checker {
       }
     }
     if (ok) return;
-    std::ostringstream got, expected;
-    for (int64_t i = 0; i < t.dim(); ++i) got << (i ? ", " : "") << t.size(i);
+    std::ostringstream expected;
     bool first = true;
     for (const Axis& axis : axes) {
       expected << (first ? "" : ", ");
@@ -89,7 +95,7 @@ class Checker {
         expected << axis.size;
       }
     }
-    (*this)(false, name, " has shape [", got.str(), "], expected [", expected.str(), "]");
+    (*this)(false, name, " has shape ", shape_of(t), ", expected [", expected.str(), "]");
   }
 
   void dtype(const char* name, const Tensor& t, ScalarType type) const {
@@ -423,6 +429,47 @@ std::tuple<Tensor, Tensor> route(const Tensor& hidden, const Tensor& weights, in
   return {log_probs, choice};
 }
 
+Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, int64_t isa) {
+  const Checker check("linear");
+  LinearParams p;
+  check.on_cpu("weight", weight);
+  check.shape("weight", weight, {{"O"}, {"I"}});
+  p.dtype = check.floating("weight", weight);
+  check.last_contiguous("weight", weight);
+  p.outputs = weight.size(0), p.inputs = weight.size(1), p.weight_stride = weight.stride(0);
+  check.on_cpu("input", input);
+  check.dtype("input", input, weight.scalar_type());
+  const int64_t dims = input.dim();
+  check(dims >= 1 && input.size(dims - 1) == p.inputs, "input has shape ", shape_of(input), ", expected [..., ",
+        p.inputs, "]");
+  check.last_contiguous("input", input);
+  if (bias) {
+    check.on_cpu("bias", *bias);
+    check.dtype("bias", *bias, weight.scalar_type());
+    check.shape("bias", *bias, {{"O", p.outputs}});
+    check.last_contiguous("bias", *bias);
+  }
+
+  std::vector<int64_t> out_shape, row_offsets = {0};
+  for (int64_t d = 0; d + 1 < dims; ++d) {
+    out_shape.push_back(input.size(d));
+    std::vector<int64_t> outer = std::move(row_offsets);
+    row_offsets.clear();
+    for (const int64_t offset : outer)
+      for (int64_t i = 0; i < input.size(d); ++i) row_offsets.push_back(offset + i * input.stride(d));
+  }
+  out_shape.push_back(p.outputs);
+  Tensor out = torch::stable::new_empty(input, out_shape);
+  p.rows = int64_t(row_offsets.size());
+  p.row_offsets = row_offsets.data();
+  p.input = input.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.bias = bias ? bias->const_data_ptr() : nullptr;
+  p.out = out.mutable_data_ptr();
+  check.kernels(isa).linear(p, kTorchPool);
+  return out;
+}
+
 bool has_isa(int64_t isa) { return isa > 0 && isa < int64_t(Isa::kCount) && cpu_kernels(Isa(isa)) != nullptr; }
 
 }  // namespace
@@ -434,6 +481,7 @@ STABLE_TORCH_LIBRARY_IMPL(lbr_kernels, CPU, m) {
   m.impl("sample_children", TORCH_BOX(&lbr::sample_children));
   m.impl("top_children", TORCH_BOX(&lbr::top_children));
   m.impl("route", TORCH_BOX(&lbr::route));
+  m.impl("linear", TORCH_BOX(&lbr::linear));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lbr_kernels, CompositeExplicitAutograd, m) { m.impl("has_isa", TORCH_BOX(&lbr::has_isa)); }

@@ -89,6 +89,17 @@ struct SampleChildrenParams {
   Status* status;  // [logit_rows], kOk on entry; other rows are unread
 };
 
+// out[r] = weight input[r] + bias.
+struct LinearParams {
+  DType dtype;                 // of all tensors
+  const void* input;           // rows of `inputs` elements, at row_offsets
+  const int64_t* row_offsets;  // [rows]
+  const void* weight;          // [outputs, inputs]
+  const void* bias;            // [outputs] or null
+  void* out;                   // [rows, outputs], dense
+  int64_t weight_stride, rows, inputs, outputs;
+};
+
 // The set-attention router on packed weights (lbr_kernels/ops/route.py names their order), matrices as [in, out].
 struct RouteParams {
   DType dtype;               // of hidden

@@ -243,7 +243,7 @@ struct Slots {
   const T* operator[](int64_t i) const { return first + (index ? index[i] : i) * stride; }
 };
 
-// The first `count` elements of a vector, zeros behind them.
+// The first `count` elements of a vector of floats, zeros behind them.
 template <class T>
 static inline vfloat load_some(const T* p, int64_t count) {
   T some[kLanes] = {};
@@ -276,7 +276,7 @@ static void stage_rows(const Slots<BFloat16>& from, int rows, int64_t dim, int64
   }
 }
 
-static inline vhalf load_half(const BFloat16* p, int64_t count) {
+static inline vhalf load_some_halves(const BFloat16* p, int64_t count) {
   vhalf v{};
   std::memcpy(&v, p, smallest(count, kLanes) * sizeof(BFloat16));
   return v;
@@ -285,14 +285,14 @@ static inline vhalf load_half(const BFloat16* p, int64_t count) {
 // Two rows interleaved: each pair goes into one dot product. Behind an odd number of rows stands one of zeros.
 static void stage_values(const Slots<BFloat16>& from, int rows, int64_t dim, int64_t padded_dim, BFloat16* to) {
   for (int i = 0; i < rows; i += 2, to += 2 * padded_dim) {
-    const BFloat16 *a = from[i], *b = i + 1 < rows ? from[i + 1] : nullptr;
+    const bool paired = i + 1 < rows;
+    const BFloat16 *a = from[i], *b = paired ? from[i + 1] : a;
     int64_t d = 0;
-    for (; b && d + kLanes <= dim; d += kLanes) {
-      const vint pairs = interleave(load_as<vhalf>(a + d), load_as<vhalf>(b + d));
-      std::memcpy(to + 2 * d, &pairs, sizeof pairs);
-    }
+    for (; paired && d + 2 * kLanes <= dim; d += 2 * kLanes)
+      store_interleaved(load_packs(a + d), load_packs(b + d), to + 2 * d);
     for (; d < dim; d += kLanes) {
-      const vint pairs = interleave(load_half(a + d, dim - d), b ? load_half(b + d, dim - d) : vhalf{});
+      const vhalf second = paired ? load_some_halves(b + d, dim - d) : vhalf{};
+      const vint pairs = interleave(load_some_halves(a + d, dim - d), second);
       std::memcpy(to + 2 * d, &pairs, sizeof pairs);
     }
   }

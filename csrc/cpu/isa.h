@@ -1,5 +1,6 @@
 // The body of each isa_*.cpp: every kernel, compiled for the instruction set that the file chose.
 #include "kernels.h"
+#include "linear.h"
 #include "route.h"
 #include "sample_children.h"
 #include "tree_attention.h"
@@ -7,6 +8,6 @@
 namespace lbr {
 
 extern const CpuKernels LBR_KERNELS;
-const CpuKernels LBR_KERNELS = {LBR_ISA::tree_attention, LBR_ISA::sample_children, LBR_ISA::route};
+const CpuKernels LBR_KERNELS = {LBR_ISA::linear, LBR_ISA::tree_attention, LBR_ISA::sample_children, LBR_ISA::route};
 
 }  // namespace lbr

@@ -9,6 +9,7 @@ namespace lbr {
 enum class Isa : int64_t { kBest, kPortable, kAvx2, kAvx512, kAvx512Bf16, kCount };
 
 struct CpuKernels {
+  void (*linear)(const LinearParams&, const ThreadPool&);
   void (*tree_attention)(const TreeAttentionParams&, const ThreadPool&);
   void (*sample_children)(const SampleChildrenParams&, const ThreadPool&);
   void (*route)(const RouteParams&, const ThreadPool&);

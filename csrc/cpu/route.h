@@ -14,35 +14,36 @@
 namespace lbr::LBR_ISA {
 
 // out[t][0..outputs) = bias + sum_i x[t][i] * weight[i][0..outputs)
-struct Linear {
+struct Dense {
   const float* weight;
   const float* bias;  // null: none
   int64_t inputs, outputs, weight_stride;
 };
 
 template <int kTokens, int kVectors>
-static inline void linear_tile(const Linear& layer, const float* x, int64_t x_stride, float* out, int64_t out_stride,
-                               int64_t column) {
+static inline void dense_tile(const Dense& layer, const float* x, int64_t x_stride, float* out, int64_t out_stride,
+                              int64_t column) {
   vfloat acc[kTokens][kVectors];
-  for (int v = 0; v < kVectors; ++v) {
+  unroll<kVectors>([&](auto v) LBR_INLINE {
     const vfloat bias = layer.bias ? load(layer.bias + column + v * kLanes) : vfloat{};
-    for (int t = 0; t < kTokens; ++t) acc[t][v] = bias;
-  }
+    unroll<kTokens>([&](auto t) LBR_INLINE { acc[t][v] = bias; });
+  });
   const float* weight = layer.weight + column;
   for (int64_t i = 0; i < layer.inputs; ++i, weight += layer.weight_stride) {
     vfloat w[kVectors];
-    for (int v = 0; v < kVectors; ++v) w[v] = load(weight + v * kLanes);
-    for (int t = 0; t < kTokens; ++t) {
+    unroll<kVectors>([&](auto v) LBR_INLINE { w[v] = load(weight + v * kLanes); });
+    unroll<kTokens>([&](auto t) LBR_INLINE {
       const vfloat in = splat(x[t * x_stride + i]);
-      for (int v = 0; v < kVectors; ++v) acc[t][v] = fma(in, w[v], acc[t][v]);
-    }
+      unroll<kVectors>([&](auto v) LBR_INLINE { acc[t][v] = fma(in, w[v], acc[t][v]); });
+    });
   }
-  for (int t = 0; t < kTokens; ++t)
-    for (int v = 0; v < kVectors; ++v) store(out + t * out_stride + column + v * kLanes, acc[t][v]);
+  unroll<kTokens * kVectors>([&](auto i) LBR_INLINE {
+    store(out + i / kVectors * out_stride + column + i % kVectors * kLanes, acc[i / kVectors][i % kVectors]);
+  });
 }
 
-static inline void linear_tail(const Linear& layer, const float* x, int64_t x_stride, int64_t tokens, float* out,
-                               int64_t out_stride, int64_t begin, int64_t end) {
+static inline void dense_tail(const Dense& layer, const float* x, int64_t x_stride, int64_t tokens, float* out,
+                              int64_t out_stride, int64_t begin, int64_t end) {
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t o = begin; o < end; ++o) {
       float sum = layer.bias ? layer.bias[o] : 0;
@@ -51,34 +52,34 @@ static inline void linear_tail(const Linear& layer, const float* x, int64_t x_st
     }
 }
 
-constexpr int kLinearVectors = kLanes == 16 ? 4 : 2;
-constexpr int kLinearTokens = kLanes == 16 ? 6 : 4;
+constexpr int kDenseVectors = kLanes == 16 ? 4 : 2;
+constexpr int kDenseTokens = kLanes == 16 ? 6 : 4;
 
-static void linear(const Linear& layer, const float* x, int64_t x_stride, int64_t tokens, float* out,
-                   int64_t out_stride, const ThreadPool& pool) {
-  constexpr int64_t kColumns = kLinearVectors * kLanes;
+static void dense(const Dense& layer, const float* x, int64_t x_stride, int64_t tokens, float* out, int64_t out_stride,
+                  const ThreadPool& pool) {
+  constexpr int64_t kColumns = kDenseVectors * kLanes;
   // A worker should have some ten microseconds of arithmetic before it is worth waking.
   const int64_t grain = largest(1, (int64_t(1) << 18) / largest(1, tokens * layer.inputs * kColumns));
   const int64_t blocks = layer.outputs / kColumns;
   pool.parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       int64_t t = 0;
-      for (; t + kLinearTokens <= tokens; t += kLinearTokens)
-        linear_tile<kLinearTokens, kLinearVectors>(layer, x + t * x_stride, x_stride, out + t * out_stride, out_stride,
-                                                   block * kColumns);
+      for (; t + kDenseTokens <= tokens; t += kDenseTokens)
+        dense_tile<kDenseTokens, kDenseVectors>(layer, x + t * x_stride, x_stride, out + t * out_stride, out_stride,
+                                                block * kColumns);
       for (; t + 3 <= tokens; t += 3)
-        linear_tile<3, kLinearVectors>(layer, x + t * x_stride, x_stride, out + t * out_stride, out_stride,
-                                       block * kColumns);
+        dense_tile<3, kDenseVectors>(layer, x + t * x_stride, x_stride, out + t * out_stride, out_stride,
+                                     block * kColumns);
       for (; t < tokens; ++t)
-        linear_tile<1, kLinearVectors>(layer, x + t * x_stride, x_stride, out + t * out_stride, out_stride,
-                                       block * kColumns);
+        dense_tile<1, kDenseVectors>(layer, x + t * x_stride, x_stride, out + t * out_stride, out_stride,
+                                     block * kColumns);
     }
   });
   int64_t column = blocks * kColumns;
   for (; column + kLanes <= layer.outputs; column += kLanes)
     for (int64_t t = 0; t < tokens; ++t)
-      linear_tile<1, 1>(layer, x + t * x_stride, x_stride, out + t * out_stride, out_stride, column);
-  linear_tail(layer, x, x_stride, tokens, out, out_stride, column, layer.outputs);
+      dense_tile<1, 1>(layer, x + t * x_stride, x_stride, out + t * out_stride, out_stride, column);
+  dense_tail(layer, x, x_stride, tokens, out, out_stride, column, layer.outputs);
 }
 
 struct LayerNorm {
@@ -115,14 +116,14 @@ static void gelu_inplace(float* x, int64_t count) {
 
 struct EncoderWeights {
   LayerNorm attention_norm;
-  Linear query, key_value, out;
+  Dense query, key_value, out;
   LayerNorm ffn_norm;
-  Linear up, down;
+  Dense up, down;
   LayerNorm final_norm;
 };
 
 struct MlpWeights {
-  Linear up, down;
+  Dense up, down;
 };
 
 // Walks the packed weights in the order in which they were packed.
@@ -138,21 +139,21 @@ class WeightReader {
     const float* weight = take(dim);
     return {weight, take(dim)};
   }
-  Linear linear(int64_t inputs, int64_t outputs, bool bias = true) {
+  Dense dense(int64_t inputs, int64_t outputs, bool bias = true) {
     const float* weight = take(inputs * outputs);
     return {weight, bias ? take(outputs) : nullptr, inputs, outputs, outputs};
   }
   MlpWeights mlp(int64_t inputs, int64_t hidden, int64_t outputs) {
-    const Linear up = linear(inputs, hidden);
-    return {up, linear(hidden, outputs)};
+    const Dense up = dense(inputs, hidden);
+    return {up, dense(hidden, outputs)};
   }
   EncoderWeights encoder(int64_t dim, int64_t ffn_dim) {
     EncoderWeights w;
     w.attention_norm = norm(dim);
-    const Linear all = linear(dim, 3 * dim);
+    const Dense all = dense(dim, 3 * dim);
     w.query = {all.weight, all.bias, dim, dim, 3 * dim};
     w.key_value = {all.weight + dim, all.bias + dim, dim, 2 * dim, 3 * dim};
-    w.out = linear(dim, dim);
+    w.out = dense(dim, dim);
     w.ffn_norm = norm(dim);
     const MlpWeights ffn = mlp(dim, ffn_dim, dim);
     w.up = ffn.up;
@@ -169,7 +170,7 @@ struct RouterWeights {
   explicit RouterWeights(const RouteParams& p) {
     WeightReader reader(p.weights);
     if (p.input_norm) input_norm = reader.norm(p.hidden_size);
-    in_proj = reader.linear(p.hidden_size, p.dim, false);
+    in_proj = reader.dense(p.hidden_size, p.dim, false);
     depth_embed = reader.take(p.depth * p.dim);
     cls = reader.take(p.dim);
     path = reader.encoder(p.dim, p.ffn_dim);
@@ -183,16 +184,16 @@ struct RouterWeights {
     if (p.mlp_score) {
       score_mlp = reader.mlp(p.dim, p.dim, 1);
     } else {
-      score = reader.linear(p.dim, 1, false);
+      score = reader.dense(p.dim, 1, false);
     }
   }
 
   LayerNorm input_norm{};
-  Linear in_proj{};
+  Dense in_proj{};
   const float *depth_embed, *cls, *pool_query;
   EncoderWeights path, subtree, candidate;
   MlpWeights candidate_mlp{}, score_mlp{};
-  Linear score{};
+  Dense score{};
 };
 
 // The router for one row of the batch.
@@ -251,8 +252,8 @@ class RowRouter {
         for (; i < p.hidden_size; ++i) state[i] = widen(from[i]);
         if (p.input_norm) layer_norm(w.input_norm, state, p.hidden_size, state);
       }
-      linear(w.in_proj, states_.data() + begin * p.hidden_size, p.hidden_size, end - begin,
-             embedded_.data() + begin * p.dim, p.dim, pool_);
+      dense(w.in_proj, states_.data() + begin * p.hidden_size, p.hidden_size, end - begin,
+            embedded_.data() + begin * p.dim, p.dim, pool_);
       begin = end + 1;
     }
   }
@@ -322,7 +323,7 @@ class RowRouter {
     if (p.mlp_score) {
       mlp(w.score_mlp, candidates, count, scores);
     } else {
-      linear(w.score, candidates, p.dim, count, scores, 1, pool_);
+      dense(w.score, candidates, p.dim, count, scores, 1, pool_);
     }
     float top = -INFINITY;
     for (int64_t s = 0; s < count; ++s) {
@@ -354,9 +355,9 @@ class RowRouter {
   }
 
   void mlp(const MlpWeights& weights, const float* x, int64_t tokens, float* out) {
-    linear(weights.up, x, p.dim, tokens, ffn_.data(), weights.up.outputs, pool_);
+    dense(weights.up, x, p.dim, tokens, ffn_.data(), weights.up.outputs, pool_);
     gelu_inplace(ffn_.data(), tokens * weights.up.outputs);
-    linear(weights.down, ffn_.data(), weights.up.outputs, tokens, out, weights.down.outputs, pool_);
+    dense(weights.down, ffn_.data(), weights.up.outputs, tokens, out, weights.down.outputs, pool_);
   }
 
   // One pre-LN encoder layer and its closing norm over the ragged sequences in tokens_. With `first_only`, out gets
@@ -366,14 +367,14 @@ class RowRouter {
     const int64_t head_dim = dim / p.num_heads;
     for (int64_t t = 0; t < tokens; ++t)
       layer_norm(weights.attention_norm, tokens_.data() + t * dim, dim, normed_.data() + t * dim);
-    linear(weights.key_value, normed_.data(), dim, tokens, key_value_.data(), 2 * dim, pool_);
+    dense(weights.key_value, normed_.data(), dim, tokens, key_value_.data(), 2 * dim, pool_);
     if (first_only) {
       for (int64_t s = 0; s < sequences; ++s) {
         move_row(normed_.data(), s, sequence_ends_[s]);
         move_row(tokens_.data(), s, sequence_ends_[s]);
       }
     }
-    linear(weights.query, normed_.data(), dim, outputs, query_.data(), dim, pool_);
+    dense(weights.query, normed_.data(), dim, outputs, query_.data(), dim, pool_);
     for (int64_t s = 0, o = 0; s < sequences; ++s) {
       const int64_t begin = sequence_ends_[s], length = sequence_ends_[s + 1] - begin;
       for (int64_t i = 0; i < (first_only ? 1 : length); ++i, ++o)
@@ -383,7 +384,7 @@ class RowRouter {
                  mixed_.data() + o * dim + h * head_dim);
         }
     }
-    linear(weights.out, mixed_.data(), dim, outputs, query_.data(), dim, pool_);
+    dense(weights.out, mixed_.data(), dim, outputs, query_.data(), dim, pool_);
     for (int64_t i = 0; i < outputs * dim; ++i) tokens_[i] += query_[i];
     for (int64_t o = 0; o < outputs; ++o)
       layer_norm(weights.ffn_norm, tokens_.data() + o * dim, dim, normed_.data() + o * dim);

@@ -216,6 +216,15 @@ static inline vint interleave(vhalf a, vhalf b) {
   return interleave(_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)a), (__m256i)b, 1));
 }
 
+// The same for 32 elements each.
+static inline void store_interleaved(vint a, vint b, BFloat16* p) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,  //
+                                       39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi16((__m512i)a, low, (__m512i)b));
+  _mm512_storeu_si512(p + 32, _mm512_permutex2var_epi16((__m512i)a, high, (__m512i)b));
+}
+
 // Both rounded to nearest.
 static inline vint interleave(vfloat a, vfloat b) {
   return interleave((__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
@@ -228,6 +237,24 @@ static inline void store_interleaved_halves(vfloat v, float* p) {
   _mm256_storeu_si256((__m256i*)p, _mm256_permutexvar_epi16(order, halves));
 }
 #endif
+
+// A vector of what is stored as T, as dot_add takes it; the second form reads `count` elements, zeros stand behind
+// them.
+template <class T>
+static inline typename Dot<T>::Vector load_operand(const T* p) {
+  if constexpr (Dot<T>::kPack == 1) {
+    return load(p);
+  } else {
+    return load_packs(p);
+  }
+}
+
+template <class T>
+static inline typename Dot<T>::Vector load_operand(const T* p, int64_t count) {
+  T some[kLanes * Dot<T>::kPack] = {};
+  std::memcpy(some, p, count * sizeof(T));
+  return load_operand(some);
+}
 
 static inline vfloat select(vint condition, vfloat yes, vfloat no) {
   return (vfloat)((condition & (vint)yes) | (~condition & (vint)no));
@@ -261,6 +288,19 @@ static inline float horizontal_sum(vfloat v) {
   float sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += v[i];
   return sum;
+}
+
+// Pairwise, so in few steps and with a small error.
+static inline float sum_of_lanes(vfloat v) {
+#if defined(LBR_AVX512)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float part[kLanes];
+  store(part, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  return part[0];
+#endif
 }
 
 static inline float horizontal_max(vfloat v) {

@@ -11,6 +11,7 @@ import torch
 from lbr_kernels.ops._registry import BACKENDS, OPS, unavailable
 from lbr_kernels.ops.commit import commit_, commit_ref_
 from lbr_kernels.ops.draws import keyed_uniforms
+from lbr_kernels.ops.linear import linear, linear_ref
 from lbr_kernels.ops.route import RouterWeights, route, route_ref
 from lbr_kernels.ops.sample_children import sample_children, sample_children_ref, top_children, top_children_ref
 from lbr_kernels.ops.tree_attention import tree_attention, tree_attention_ref
@@ -21,6 +22,8 @@ __all__ = [
     "commit_",
     "commit_ref_",
     "keyed_uniforms",
+    "linear",
+    "linear_ref",
     "route",
     "route_ref",
     "sample_children",
