@@ -50,6 +50,11 @@ def routing(**change):
     return ops.route, {"hidden": torch.randn(2, 12, 20), "weights": router.packed(), "width": 3, "depth": 2, **change}
 
 
+def product(**change):
+    arguments = {"input": torch.randn(2, 3, 16), "weight": torch.randn(5, 16), "bias": torch.randn(5)}
+    return ops.linear, {**arguments, **change}
+
+
 def with_value(shape, index, value, dtype=torch.float32, fill=0):
     tensor = torch.full(shape, fill, dtype=dtype)
     tensor[index] = value
@@ -59,6 +64,19 @@ def with_value(shape, index, value, dtype=torch.float32, fill=0):
 CACHE = torch.randn(2, 2, 20, 16)
 SHAPE3 = torch.randn(4, 3, 16)
 TABLE = {
+    # linear
+    "input width": (product(input=torch.randn(2, 15)), "input has shape [2, 15], expected [..., 16]"),
+    "input without axes": (product(input=torch.tensor(1.0)), "input has shape [], expected [..., 16]"),
+    "input dtype": (product(input=torch.randn(2, 16).half()), "input has dtype torch.float16, expected torch.float32"),
+    "input stride": (product(input=torch.randn(2, 32)[:, ::2]), "input has stride 2 along its last axis, expected 1"),
+    "weight rank": (product(weight=torch.randn(16)), "weight has shape [16], expected [O, I]"),
+    "weight dtype": (
+        product(weight=torch.zeros(5, 16, dtype=torch.int8)),
+        "weight has dtype torch.int8, expected torch.float32, torch.float16 or torch.bfloat16",
+    ),
+    "weight stride": (product(weight=torch.randn(16, 5).T), "weight has stride 5 along its last axis, expected 1"),
+    "bias shape": (product(bias=torch.randn(4)), "bias has shape [4], expected [5]"),
+    "bias dtype": (product(bias=torch.randn(5).bfloat16()), "bias has dtype torch.bfloat16, expected torch.float32"),
     # tree_attention
     "query rank": (attention(query=SHAPE3), "query has shape [4, 3, 16], expected [B, Hq, N, D]"),
     "query dtype": (

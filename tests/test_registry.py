@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_bad_input import attention, commit, routing, sample, top
+from test_bad_input import attention, commit, product, routing, sample, top
 
 from lbr_kernels import ops
 
@@ -25,6 +25,9 @@ def op_arguments(name):
     if name == "top_children":
         _, a = top()
         return (a["logits"], 3), {}
+    if name == "linear":
+        _, a = product()
+        return tuple(a.values()), {}
     _, a = routing()
     uniforms = torch.rand(2, dtype=torch.float64)
     return (a["hidden"], a["weights"].data, 3, 2, *a["weights"][3:]), {"uniforms": uniforms}
@@ -50,7 +53,7 @@ def test_opcheck_of_the_reference(name):
         torch.library.opcheck(getattr(torch.ops.lbr_kernels_test, name).default, args, kwargs)
 
 
-@pytest.mark.parametrize("make", [attention, sample, top, routing])
+@pytest.mark.parametrize("make", [attention, sample, top, routing, product])
 @pytest.mark.parametrize("backend", [None, "cpu-portable"])
 def test_compiles_without_graph_breaks(make, backend):
     op, arguments = make()
@@ -82,7 +85,7 @@ def test_compiled_commit_mutates():
 
 def test_backends_says_why():
     table = ops.backends("cpu")
-    assert set(table) == {"tree_attention", "commit_", "sample_children", "top_children", "route"}
+    assert set(table) == {"tree_attention", "commit_", "sample_children", "top_children", "route", "linear"}
     for reasons in table.values():
         assert reasons["reference"] is None
     assert "takes tensors on cpu" in ops.backends("cuda")["route"]["cpu"]

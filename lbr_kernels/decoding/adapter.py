@@ -35,6 +35,7 @@ from lbr_kernels.decoding.attention import (
     tree_forward,
 )
 from lbr_kernels.decoding.cache import TreeCache, layer_window
+from lbr_kernels.decoding.linears import few_row_layers, few_row_linears
 from lbr_kernels.decoding.tree import LookaheadTree
 from lbr_kernels.ops.tree_shape import path_slots
 
@@ -47,15 +48,16 @@ class UnsupportedModelError(ValueError):
 
 
 class ModelAdapter:
-    """One model, as the decoding loop sees it."""
+    """One model, as the decoding loop sees it; ``backend`` is what its matrix products may use (see ``ops``)."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, backend: str | None = None) -> None:
         head = model.get_output_embeddings()
         if head is None:
             raise UnsupportedModelError(f"{_name(model)} has no output head (get_output_embeddings() is None)")
         self.model = model
         self.head: nn.Module = head
         self._configs = configs_of(model)
+        self._linears = few_row_layers(model, backend)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -98,7 +100,7 @@ class ModelAdapter:
         Returns:
             The hidden states, and the head's logits after whatever the model does to them.
         """
-        with tree_forward(forward, self._configs):
+        with tree_forward(forward, self._configs), few_row_linears(self._linears):
             return self._call(
                 select, input_ids=tokens, position_ids=positions, past_key_values=forward.cache, use_cache=True
             )
@@ -158,7 +160,8 @@ def check_model(model: PreTrainedModel) -> ModelReport:
 
     Structure first, then numbers: a random prefix (longer than the model's windows where that is affordable) and a
     random tree behind it, grown, committed and grown again, against plain forwards of every path without a cache. The
-    error allowed is relative to the model's own difference between cached and fresh forwards.
+    error allowed is relative to what rounding does to this model: the difference between its own cached and fresh
+    forwards, and how far one rounding of the embeddings moves it.
     """
     key = (model.dtype, model.device, *(own_attention_name(config) for config in configs_of(model)))
     passed = _reports.setdefault(model, {})
@@ -209,6 +212,8 @@ def _structural_reason(model: PreTrainedModel) -> str | None:
 # (Models of doubles compute their norms and rotations in fp32 all the same.)
 _FLOOR = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 _NOISE_FACTOR = 8
+# The rounding of every layer is seen to weigh 0.1 to 0.9 times as much as one of the embeddings does.
+_ROUNDING_FACTOR = 2
 # A model whose own cached decoding is further than this from a fresh forward is not causal.
 _MOST_NOISE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
 _WIDTH, _DEPTH = 2, 2
@@ -284,7 +289,8 @@ def _compare(model: PreTrainedModel) -> ModelReport:
     expected = torch.stack([fresh[row, length + len(path) - 1] for row, path in enumerate(hidden)])
     error = _relative_error(torch.stack(list(hidden.values())), expected)
     noise = _cached_noise(adapter, prefix, padded[:1], fresh[:1, length:])
-    allowed = max(_NOISE_FACTOR * noise, _FLOOR[fresh.dtype])
+    rounding = _rounding_noise(adapter, torch.cat([prefix.expand(len(padded), -1), padded], 1), fresh, generator)
+    allowed = max(_NOISE_FACTOR * noise, _ROUNDING_FACTOR * rounding, _FLOOR[fresh.dtype])
     reason = None
     if not noise <= _MOST_NOISE[fresh.dtype]:
         reason = f"its own decoding with a cache differs from a fresh forward by {noise:.1e}: it is not causal"
@@ -316,6 +322,21 @@ def _cached_noise(adapter: ModelAdapter, prefix: Tensor, path: Tensor, fresh: Te
         adapter.head_inputs(input_ids=token, use_cache=True, past_key_values=cache) for token in path.split(1, dim=1)
     ]
     return _relative_error(torch.cat(states, dim=1), fresh)
+
+
+def _rounding_noise(adapter: ModelAdapter, ids: Tensor, fresh: Tensor, generator: torch.Generator) -> float:
+    """How far a forward moves when every number of the embeddings is rounded once more, up or down at random."""
+
+    def nudge(module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor:
+        sign = torch.randint(2, embedded.shape, generator=generator).to(embedded.device) * 2 - 1
+        return (embedded.double() * (1 + sign * torch.finfo(embedded.dtype).eps / 2)).to(embedded.dtype)
+
+    handle = adapter.model.get_input_embeddings().register_forward_hook(nudge)
+    try:
+        nudged = adapter.head_inputs(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+    return _relative_error(nudged, fresh)
 
 
 def _relative_error(states: Tensor, expected: Tensor) -> float:

@@ -44,6 +44,11 @@ class TreeForward:
 _current: ContextVar[TreeForward | None] = ContextVar("lbr_kernels_tree_forward", default=None)
 
 
+def current_tree_forward() -> TreeForward | None:
+    """The forward of a tree that the calling thread is in; None in any other forward."""
+    return _current.get()
+
+
 @contextmanager
 def tree_forward(forward: TreeForward, configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
     """A forward inside the block is the tree's, for the model whose configs these are."""

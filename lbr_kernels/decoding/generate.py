@@ -190,7 +190,7 @@ class _Call:
                 "positions of several axes cannot be used with a tree"
             )
         config, device, rows = self.config, input_ids.device, len(input_ids)
-        adapter, stats = ModelAdapter(self.model), DecodingStats()
+        adapter, stats = ModelAdapter(self.model, backend=config.backend), DecodingStats()
         # What can be refused is refused here: reading the prompts writes to a cache that is the caller's.
         routing = Routing(
             self.router, width=config.width, depth=config.depth, hidden_size=adapter.hidden_size,

@@ -30,7 +30,8 @@ LIBRARY = torch.library.Library("lbr_kernels", "DEF")
 CPU_BACKENDS = {"cpu": 0, "cpu-portable": 1, "cpu-avx2": 2, "cpu-avx512": 3, "cpu-avx512-bf16": 4}
 BACKENDS = ("reference", *CPU_BACKENDS)
 
-OPS: dict[str, Callable[..., Any]] = {}
+OPS: dict[str, Callable[..., Any]] = {}  # references
+_OVERLOADS: dict[str, torch._ops.OpOverload] = {}
 
 LIBRARY.define("has_isa(int isa) -> bool")
 
@@ -47,7 +48,8 @@ def reference(
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         schema = torch.library.infer_schema(function, mutates_args=mutates).replace("SymInt", "int")
         arguments, result = schema.rsplit(" -> ", 1)
-        LIBRARY.define(f"{op}{arguments[:-1]}, int isa=0) -> {result}", tags=torch.Tag.pt2_compliant_tag)
+        isa = "int isa=0" if "*" in arguments else "*, int isa=0"
+        LIBRARY.define(f"{op}{arguments[:-1]}, {isa}) -> {result}", tags=torch.Tag.pt2_compliant_tag)
 
         def kernel(*args: Any, isa: int = 0, **kwargs: Any) -> Any:
             return function(*args, **kwargs)
@@ -58,6 +60,7 @@ def reference(
         LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"lbr_kernels::{op}", fake_kernel, lib=LIBRARY)
         OPS[op] = function
+        _OVERLOADS[op] = getattr(torch.ops.lbr_kernels, op).default
         return function
 
     return register
@@ -103,4 +106,4 @@ def call(op: str, backend: str | None, lead: Tensor, *args: Any, **kwargs: Any) 
         )
     if backend == "reference":
         return OPS[op](*args, **kwargs)
-    return getattr(torch.ops.lbr_kernels, op)(*args, **kwargs, isa=CPU_BACKENDS[backend])
+    return _OVERLOADS[op](*args, **kwargs, isa=CPU_BACKENDS[backend])

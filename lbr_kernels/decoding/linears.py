@@ -1,0 +1,88 @@
+"""Matrix products of a forward of the tree: a model's linear layers use ``ops.linear`` while it lasts.
+
+Contract
+--------
+A tree has few nodes, and the framework's matrix products are slow for few rows on a CPU (``bench/bench_linear.py``
+measures both). Inside :func:`few_row_linears` the plain ``nn.Linear`` layers that it is given run ``ops.linear`` for
+the tree's nodes. Everything else keeps its own product: other kinds of layers, quantised weights, layers whose
+``forward`` somebody has replaced, autocast, many rows, and any forward that is not the tree's. The layers are left as
+they were found.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lbr_kernels import ops
+from lbr_kernels.decoding.attention import current_tree_forward
+
+MOST_ROWS = 64
+"""Up to here ``ops.linear`` was measured to be faster; beyond it the framework's own has enough rows to work with."""
+
+_FAST = ("cpu-avx2", "cpu-avx512", "cpu-avx512-bf16")
+_users: dict[nn.Linear, int] = {}  # forwards that a layer's replacement serves now
+_lock = threading.Lock()
+
+
+def few_row_layers(model: nn.Module, backend: str | None) -> list[nn.Linear]:
+    """The layers of ``model`` that ``ops.linear`` can serve, none where it would not be faster."""
+    reasons = ops.backends("cpu")["linear"]
+    if all(reasons[name] is not None for name in _FAST) or backend not in (None, "cpu", *_FAST):
+        return []
+    return [layer for layer in model.modules() if type(layer) is nn.Linear and _is_plain(layer)]
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    weight, bias = layer.weight, layer.bias
+    return (
+        type(weight) is nn.Parameter
+        and weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and weight.stride(-1) == 1
+        and (bias is None or (type(bias) is nn.Parameter and bias.dtype == weight.dtype))
+        and "forward" not in layer.__dict__
+    )
+
+
+@contextmanager
+def few_row_linears(layers: Iterable[nn.Linear]) -> Iterator[None]:
+    """Inside the block ``layers`` use ``ops.linear`` for a tree's nodes; the last one to leave puts back what was."""
+    taken: list[nn.Linear] = []
+    try:
+        with _lock:
+            for layer in layers:
+                if layer not in _users:
+                    if "forward" in layer.__dict__:
+                        continue
+                    _users[layer] = 0
+                    layer.__dict__["forward"] = partial(_forward, layer)
+                taken.append(layer)
+                _users[layer] += 1
+        yield
+    finally:
+        with _lock:
+            for layer in taken:
+                _users[layer] -= 1
+                if _users[layer] <= 0:
+                    del _users[layer], layer.__dict__["forward"]
+
+
+def _forward(layer: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002 - torch's name, which callers may use
+    forward = current_tree_forward()
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    assert weight is not None
+    if (
+        forward is None
+        or input.numel() > MOST_ROWS * input.shape[-1]
+        or input.dtype != weight.dtype
+        or input.stride(-1) != 1
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return nn.functional.linear(input, weight, bias)
+    return ops.linear(input, weight, bias, backend=forward.backend)
