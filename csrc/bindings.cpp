@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -242,6 +243,7 @@ void commit_(const std::vector<Tensor>& caches, const Tensor& prefix_lens, const
   p.advance = check.side_input<int32_t>("advance", row_advance, ScalarType::Int, {{"B", p.batch}});
   p.advance_all = advance;
 
+  std::unordered_map<const char*, size_t> first_use;
   std::vector<CommitParams::Cache> parts;
   parts.reserve(caches.size());
   int64_t slots = -1;
@@ -253,12 +255,14 @@ void commit_(const std::vector<Tensor>& caches, const Tensor& prefix_lens, const
     check.last_contiguous(name.c_str(), cache);
     for (int64_t d = 0; d < 4; ++d)
       check(cache.size(d) <= 1 || cache.stride(d) != 0, name, " is expanded, expected memory of its own");
-    for (size_t other = 0; other < c && cache.numel() > 0; ++other)
-      check(cache.const_data_ptr() != caches[other].const_data_ptr(), name, " is caches[", other,
-            "] again, expected each buffer once");
     const int64_t size = int64_t(cache.element_size());
-    parts.push_back({static_cast<char*>(cache.mutable_data_ptr()), cache.size(1), cache.size(3) * size,
-                     cache.stride(0) * size, cache.stride(1) * size, cache.stride(2) * size});
+    char* const data = static_cast<char*>(cache.mutable_data_ptr());
+    if (cache.numel() > 0) {
+      const auto [first, is_new] = first_use.emplace(data, c);
+      check(is_new, name, " is caches[", first->second, "] again, expected each buffer once");
+    }
+    parts.push_back({data, cache.size(1), cache.size(3) * size, cache.stride(0) * size, cache.stride(1) * size,
+                     cache.stride(2) * size});
     slots = slots < 0 || cache.size(2) < slots ? cache.size(2) : slots;
   }
   p.caches = parts.data();

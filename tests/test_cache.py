@@ -44,12 +44,18 @@ def test_rows_are_packed_without_padding(lengths, repeats):
             assert torch.equal(layer.values[row, :, :length], keys[row // repeats, :, -length:] + 1)
 
 
-def test_one_arena_per_group():
-    """All layers are views of one allocation, each starting on a cache line."""
+def test_one_arena_per_head_size():
+    """All layers' heads of one size lie side by side, so that few tensors stand for all of them in a commit."""
     tree = TreeCache.from_prefill(prefilled([5, 3]), torch.tensor([5, 3]), repeats=1, tree_nodes=4, max_new_tokens=9)
-    storages = {buffer.untyped_storage().data_ptr() for buffer in tree.groups[0].buffers}
-    assert len(storages) == 1
-    assert all(buffer.storage_offset() * 4 % 64 == 0 for buffer in tree.groups[0].buffers)
+    group = tree.groups[0]
+    views = [view for layer in group.layers for view in (layer.keys, layer.values)]
+    assert len(group.buffers) == len({view.shape[3] for view in views}) < len(views)
+    for arena in group.buffers:
+        inside = [v for v in views if v.untyped_storage().data_ptr() == arena.untyped_storage().data_ptr()]
+        assert arena.is_contiguous()
+        assert arena.shape[1] == sum(view.shape[1] for view in inside)
+        firsts = sorted((view.storage_offset() // arena.stride(1), view.shape[1]) for view in inside)
+        assert [first for first, _ in firsts] == [sum(n for _, n in firsts[:i]) for i in range(len(firsts))]
 
 
 @pytest.mark.parametrize("lengths", [[6, 6], [6, 2]])

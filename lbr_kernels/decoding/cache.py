@@ -4,8 +4,9 @@ Contract
 --------
 Row b of a layer holds its committed prefix in slots ``[0, prefix_lens[b])``, without padding, and the tree's nodes in
 the slots after it. A forward of the tree writes its nodes there; :meth:`TreeCache.commit` moves the survivors to the
-front and lets the prefix grow. Layers that share device, dtype and retained window form a group with one arena and one
-``prefix_lens``, so a commit is one ``ops.commit_`` per group: one for most models. A sliding layer whose text would
+front and lets the prefix grow. Layers that share device, dtype and retained window form a group with one
+``prefix_lens`` and one arena for each head size, in which the layers' heads stand side by side: a commit is one
+``ops.commit_`` of one tensor for most models. A sliding layer whose text would
 outgrow its window keeps the window and the tree only; its group's slots then count from an offset that differs by row,
 which changes nothing, since windows compare positions with each other.
 """
@@ -22,7 +23,6 @@ from lbr_kernels import ops
 
 # Memory for a text grows by half of what there is, and by so many slots at least.
 _MIN_GROWTH = 256
-_ALIGNMENT = 64  # bytes
 
 
 def layer_window(layer: CacheLayerMixin) -> int | None:
@@ -83,7 +83,7 @@ class LayerShape:
 
 
 class LayerGroup:
-    """Layers with one capacity: their arena, their prefix lengths, and where the next nodes go.
+    """Layers with one capacity: their arenas, their prefix lengths, and where the next nodes go.
 
     ``retained`` is the window that the group cuts its text down to, None for a group that keeps the whole text.
     """
@@ -102,6 +102,7 @@ class LayerGroup:
         self.dtype, self.device = dtype, device
         self.prefix_lens = prefix_lens.to(device=device, dtype=torch.int32, copy=True)
         self.layers = [TreeLayer(self, shape.window) for shape in shapes]
+        self._arenas: dict[int, Tensor] = {}
         self.capacity = 0
         self._measure()
         self.allocate(capacity)
@@ -112,30 +113,30 @@ class LayerGroup:
         self.uniform = bool((self.prefix_lens == self.longest).all())
 
     def allocate(self, capacity: int) -> None:
-        """A new arena with the old one's contents."""
-        batch = len(self.prefix_lens)
-        per_line = _ALIGNMENT // self.dtype.itemsize
-        sizes = [
-            batch * heads * capacity * dim
-            for shape in self.shapes
-            for heads, dim in ((shape.key_heads, shape.key_dim), (shape.value_heads, shape.value_dim))
-        ]
-        padded = [-(-size // per_line) * per_line for size in sizes]
-        arena = torch.empty(sum(padded), dtype=self.dtype, device=self.device)
-        parts = iter([part[:size] for part, size in zip(arena.split(padded), sizes, strict=True)])
-        for layer, shape in zip(self.layers, self.shapes, strict=True):
-            keys = next(parts).view(batch, shape.key_heads, capacity, shape.key_dim)
-            values = next(parts).view(batch, shape.value_heads, capacity, shape.value_dim)
-            if self.capacity:
-                keys[:, :, : self.capacity] = layer.keys
-                values[:, :, : self.capacity] = layer.values
-            layer.keys, layer.values = keys, values
-        self.capacity = capacity
+        """New arenas ``[B, heads of all layers, capacity, D]``, one for each head size, with the old ones' contents."""
+        heads: dict[int, int] = {}
+        places: list[list[tuple[int, int, int]]] = []  # head size, first head and end of each layer's keys and values
+        for shape in self.shapes:
+            places.append([])
+            for count, dim in ((shape.key_heads, shape.key_dim), (shape.value_heads, shape.value_dim)):
+                first = heads.get(dim, 0)
+                heads[dim] = first + count
+                places[-1].append((dim, first, first + count))
+        rows = len(self.prefix_lens)
+        arenas = {
+            dim: torch.empty((rows, count, capacity, dim), dtype=self.dtype, device=self.device)
+            for dim, count in heads.items()
+        }
+        for dim, old in self._arenas.items():
+            arenas[dim][:, :, : self.capacity] = old
+        for layer, place in zip(self.layers, places, strict=True):
+            layer.keys, layer.values = (arenas[dim][:, first:end] for dim, first, end in place)
+        self._arenas, self.capacity = arenas, capacity
 
     @property
     def buffers(self) -> list[Tensor]:
-        """Every layer's keys and values, the form that ``ops.commit_`` takes."""
-        return [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
+        """Every layer's keys and values, in the few tensors that ``ops.commit_`` is given."""
+        return list(self._arenas.values())
 
     def fill(self, layer: int, keys: Tensor, values: Tensor, repeats: int) -> None:
         """Copy a prefilled layer's states ``[B, H, P, D]``, real tokens last, to the prefixes of the rows.

@@ -47,9 +47,8 @@ def commit_(
     """
     per_row = isinstance(advance, Tensor)
     check = Checker("commit_")
-    for index, cache in enumerate(caches):
-        wanted = cache.requires_grad and torch.is_grad_enabled()
-        check(not wanted, f"caches[{index}] requires a gradient, expected buffers without one")
+    for index, cache in enumerate(caches if torch.is_grad_enabled() else ()):
+        check(not cache.requires_grad, f"caches[{index}] requires a gradient, expected buffers without one")
     _registry.call(
         "commit_", backend, prefix_lens, list(caches), prefix_lens, sources,
         num_moves=num_moves, advance=0 if per_row else advance, row_advance=advance if per_row else None,
