@@ -1,70 +1,107 @@
-"""commit_ against slice copies of the moved rows, and against gathering the whole cache."""
+"""commit_ against slice copies of the moved rows, and against gathering what is kept, as transformers' caches do.
+
+The slots are cold, as those of a model whose weights were read since.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import count
 
 import pytest
 import torch
-from compare import compare
+from compare import Cost, compare
 from pytest_benchmark.fixture import BenchmarkFixture
+from roof import Roof
 from torch import Tensor
 
 from lbr_kernels import ops
 
 LAYERS, HEADS, DIM = 32, 8, 64
+# The winner alone (K=3, L=1), and the winner with its three children (K=3, L=2).
+SOURCES = {1: [2], 2: [2, 9, 10, 11]}
 
 
-def caches(prefix: int) -> list[Tensor]:
-    return [torch.randn(1, HEADS, prefix + 16, DIM) for _ in range(2 * LAYERS)]
+@pytest.mark.parametrize("prefix", [pytest.param(1024), pytest.param(8192, marks=pytest.mark.quick), 32768])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("stored", ["one tensor", "a tensor per layer"])
+def bench_commit_against_slices(benchmark: BenchmarkFixture, roof: Roof, prefix: int, depth: int, stored: str) -> None:
+    """``one tensor`` is how ``TreeCache`` keeps layers of one shape: heads side by side."""
+    sources = torch.tensor([SOURCES[depth]], dtype=torch.int32)
+    moved, nodes = sources.shape[1], 12
+    # Each run commits behind another prefix, so that the slots it touches have left the caches.
+    arena = torch.randn(1, 2 * LAYERS * HEADS, prefix + nodes, DIM)
+    buffers = list(arena.split(HEADS, dim=1))
+    given = [arena] if stored == "one tensor" else buffers
+    lens = torch.zeros(1, dtype=torch.int32)
+    turn = count()
 
+    def next_prefix() -> int:
+        # Steps of 16 slots from the end, for as long as there are any.
+        return prefix - 16 * (next(turn) % (min(prefix, 1024) // 16))
 
-@pytest.mark.parametrize("prefix", [1024, 8192])
-def bench_commit_against_slices(benchmark: BenchmarkFixture, prefix: int) -> None:
-    buffers = caches(prefix)
-    lens = torch.tensor([prefix], dtype=torch.int32)
-    sources = torch.tensor([[2, 9, 10, 11]], dtype=torch.int32)
+    def ours() -> Tensor:
+        lens.fill_(next_prefix())
+        ops.commit_(given, lens, sources, advance=0)
+        return arena
 
-    def ours() -> list[Tensor]:
-        lens.fill_(prefix)
-        ops.commit_(buffers, lens, sources)
-        return buffers
-
-    def slices() -> list[Tensor]:
+    def slices() -> Tensor:
+        start = next_prefix()
         for buffer in buffers:
-            buffer[:, :, prefix : prefix + 4] = buffer[:, :, prefix + sources[0]]
-        return buffers
+            if depth == 1:
+                buffer[:, :, start] = buffer[:, :, start + 2]
+            else:
+                buffer[:, :, start : start + moved] = buffer[:, :, start + sources[0]]
+        return arena
 
-    def check(a: Any, b: Any) -> None:
-        mine = [torch.arange(prefix + 16.0).view(1, 1, -1, 1).expand(1, 1, -1, 8).clone()]
-        lens.fill_(prefix)
-        ops.commit_(mine, lens, sources)
-        assert mine[0][0, 0, prefix : prefix + 4, 0].tolist() == [prefix + s for s in sources[0].tolist()]
-
+    before = arena.clone()
+    ours()
+    mine = arena.clone()
+    arena.copy_(before)
+    turn = count()
+    slices()
+    assert torch.equal(arena, mine)
+    assert not torch.equal(arena, before)
     compare(
-        benchmark, ours, slices, check=check, group=f"commit_ 32 layers, prefix {prefix}",
-        baseline="a slice copy of the moved rows per tensor",
-    )  # fmt: skip
+        benchmark,
+        ours,
+        {"a slice copy of the moved rows per tensor": slices},
+        op="commit_",
+        shape={"layers": LAYERS, "heads": HEADS, "head size": DIM, "prefix": prefix, "depth": depth, "stored": stored},
+        dtype=torch.float32,
+        check=lambda a, b: None if a is b else pytest.fail("another tensor"),
+        cost=Cost(2 * LAYERS * HEADS * DIM * 4 * 2 * moved, 0),
+        roof=roof,
+        rounds=31,
+        cold=True,
+    )
 
 
-def bench_commit_against_gather(benchmark: BenchmarkFixture) -> None:
+@pytest.mark.quick
+def bench_commit_against_gather(benchmark: BenchmarkFixture, roof: Roof) -> None:
     prefix = 8192
-    buffers = caches(prefix)
+    arena = torch.randn(1, 2 * LAYERS * HEADS, prefix + 16, DIM)
+    buffers = list(arena.split(HEADS, dim=1))
     lens = torch.tensor([prefix], dtype=torch.int32)
     sources = torch.tensor([[2]], dtype=torch.int32)
-    kept = torch.cat([torch.arange(prefix), torch.tensor([prefix + 2])])
+    index = torch.cat([torch.arange(prefix), torch.tensor([prefix + 2])])
 
     def ours() -> list[Tensor]:
-        lens.fill_(prefix)
-        ops.commit_(buffers, lens, sources)
+        ops.commit_(buffers, lens, sources, advance=0)
         return [buffer[:, :, : prefix + 1] for buffer in buffers]
+
+    def check(a: list[Tensor], b: list[Tensor]) -> None:
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
     compare(
         benchmark,
         ours,
-        lambda: [buffer.index_select(2, kept) for buffer in buffers],
-        check=lambda a, b: None if a[0].shape == b[0].shape else pytest.fail("shapes differ"),
-        group=f"commit_ 32 layers, prefix {prefix}, whole cache",
+        {"index_select of what is kept": lambda: [buffer.index_select(2, index) for buffer in buffers]},
+        op="commit_",
+        shape={"layers": LAYERS, "heads": HEADS, "head size": DIM, "prefix": prefix, "depth": 1, "stored": "gathered"},
+        dtype=torch.float32,
+        check=check,
+        cost=Cost(2 * LAYERS * HEADS * DIM * 4 * 2, 0),
+        roof=roof,
         rounds=5,
-        baseline="index_select of what is kept, as caches that cannot move rows do",
+        cold=True,  # the gathers in between leave nothing in the caches
     )

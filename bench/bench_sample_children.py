@@ -1,4 +1,4 @@
-"""sample_children against transformers' warpers and torch.multinomial."""
+"""sample_children against transformers' warpers and torch.multinomial; logits come fresh from the head, so warm."""
 
 from __future__ import annotations
 
@@ -6,27 +6,35 @@ from typing import Any
 
 import pytest
 import torch
-from compare import compare
+from compare import Cost, compare
 from pytest_benchmark.fixture import BenchmarkFixture
-from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from roof import Roof
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lbr_kernels import ops
 
-FILTERS = {"no filter": {}, "top-k 50, top-p 0.95": {"top_k": 50, "top_p": 0.95}, "top-p 0.95": {"top_p": 0.95}}
+VOCABULARY, WIDTH = 151_936, 3
+FILTERS: dict[str, dict[str, Any]] = {
+    "top-k 50, top-p 0.95": {"top_k": 50, "top_p": 0.95},
+    "temperature 0.6, top-p 0.95": {"temperature": 0.6, "top_p": 0.95},
+    "top-p 0.95": {"top_p": 0.95},
+    "none": {},
+}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", FILTERS)
-def bench_sample_children(benchmark: BenchmarkFixture, name: str) -> None:
-    filters: dict[str, Any] = FILTERS[name]
-    logits = torch.randn(1, 151_936) * 2.5
-    uniforms = torch.rand(1, 3, dtype=torch.float64)
-    kinds = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
+def bench_sample_children(benchmark: BenchmarkFixture, roof: Roof, name: str) -> None:
+    filters = FILTERS[name]
+    logits = torch.randn(1, VOCABULARY) * 2.5
+    uniforms = torch.rand(1, WIDTH, dtype=torch.float64)
+    kinds = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
     warpers = LogitsProcessorList([kinds[key](value) for key, value in filters.items()])
     ids = torch.zeros(1, 1, dtype=torch.int64)
 
     def plain() -> torch.Tensor:
         probabilities = warpers(ids, logits).softmax(-1)
-        return torch.multinomial(probabilities, 3, replacement=True)
+        return torch.multinomial(probabilities, WIDTH, replacement=True)
 
     def check(ours: Any, drawn: Any) -> None:
         want = warpers(ids, logits).log_softmax(-1)
@@ -35,8 +43,12 @@ def bench_sample_children(benchmark: BenchmarkFixture, name: str) -> None:
     compare(
         benchmark,
         lambda: ops.sample_children(logits, uniforms, **filters),
-        plain,
+        {"transformers' warpers, softmax, multinomial": plain},
+        op="sample_children",
+        shape={"vocabulary": VOCABULARY, "width": WIDTH, "filters": name},
+        dtype=torch.float32,
         check=check,
-        group=f"sample_children V=151936, K=3, {name}",
-        baseline="transformers' warpers, softmax, multinomial",
+        cost=Cost(4 * VOCABULARY, 0),
+        roof=roof,
+        rounds=21,
     )

@@ -237,8 +237,8 @@ static void value_block(const Element* probability, int rows, const Element* val
 // The rows of a cache that a block consists of: neighbours in memory, or those that `index` names.
 template <class T>
 struct Slots {
-  const T* first;
-  int64_t stride;
+  const T* first = nullptr;
+  int64_t stride = 0;
   const int64_t* index = nullptr;
   const T* operator[](int64_t i) const { return first + (index ? index[i] : i) * stride; }
 };

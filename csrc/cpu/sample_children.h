@@ -50,7 +50,9 @@ struct Softmax {
 
   double exponent(float logit) const { return (double(logit) - max) / temperature; }
   vlong weights(vfloat_half logits) const {
-    return weight_of((__builtin_convertvector(logits, vdouble) - max) / temperature);
+    const vdouble below = __builtin_convertvector(logits, vdouble) - max;
+    // x / 1 is x; a division costs as much as half of the rest.
+    return weight_of(temperature == 1 ? below : below / temperature);
   }
   int64_t weight(float logit) const { return weights(logit - vfloat_half{})[0]; }
 };
@@ -301,7 +303,14 @@ class Distribution {
       list_.reserve(size_ + 1);
       list_[size_++] = {logit, int32_t(id), 0};
     });
-    for (int64_t i = 0; i < size_; ++i) list_[i].weight = softmax_.weight(list_[i].logit);
+    int64_t i = 0;
+    for (; i + kDoubleLanes <= size_; i += kDoubleLanes) {
+      vfloat_half logits;
+      for (int lane = 0; lane < kDoubleLanes; ++lane) logits[lane] = list_[i + lane].logit;
+      const vlong weights = softmax_.weights(logits);
+      for (int lane = 0; lane < kDoubleLanes; ++lane) list_[i + lane].weight = weights[lane];
+    }
+    for (; i < size_; ++i) list_[i].weight = softmax_.weight(list_[i].logit);
   }
 
   int64_t list_weight() const {

@@ -80,11 +80,16 @@ class TreeAttention {
 
     pool.parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {
       Scratch scratch(max_rows(), p.head_dim, p.value_dim);
-      int64_t b = 0;
-      for (int64_t task = begin; task < end; ++task) {
+      const auto at = [&](int64_t task, int64_t b) {
         while (task >= first_task[b + 1]) ++b;
         const int64_t local = task - first_task[b], pieces = num_pieces(b);
-        attend_piece(b, local / pieces, local % pieces, scratch, &states[task * state_size]);
+        return Piece{b, local / pieces, local % pieces};
+      };
+      Piece piece = at(begin, 0);
+      for (int64_t task = begin; task < end; ++task) {
+        const Piece next = task + 1 < end ? at(task + 1, piece.row) : Piece{-1};
+        attend_piece(piece, next, scratch, &states[task * state_size]);
+        piece = next;
       }
     });
     constexpr int64_t kWork = 1 << 14;  // multiplications that are worth another worker
@@ -122,13 +127,26 @@ class TreeAttention {
     return count;
   }
 
-  // Row r of a packed tile is query r / group, head r % group of the key head's group.
-  void attend_piece(int64_t b, int64_t head, int64_t piece, Scratch& s, float* state) const {
+  // A piece of one row's prefix, for one key head.
+  struct Piece {
+    int64_t row, head = 0, index = 0;
+  };
+
+  // The keys and values that are attended to together.
+  struct Block {
+    Slots<T> keys, values;
+    int count = 0;
+  };
+
+  // Row r of a packed tile is query r / group, head r % group of the key head's group. `next` is what this worker
+  // attends to afterwards, if any.
+  void attend_piece(Piece piece, Piece next, Scratch& s, float* state) const {
+    const int64_t b = piece.row, head = piece.head;
     const int64_t rows = num_rows(b), prefix = p.prefix_lens[b], length = piece_length(prefix);
-    const bool last = piece == num_pieces(b) - 1;
+    const bool last = piece.index == num_pieces(b) - 1;
     if (s.row != b || s.head != head) load_queries(b, head, rows, s);
     clear(rows, s);
-    int64_t begin = piece * length;
+    int64_t begin = piece.index * length;
     const int64_t end = smallest(prefix, begin + length);
     if (p.window > 0) {
       // Nothing before the earliest window is read.
@@ -137,8 +155,13 @@ class TreeAttention {
       const int64_t first = earliest - p.window + 1;
       begin = largest(begin, smallest(first, end));
     }
-    for (int64_t slot = begin; slot < end; slot += kBlockKeys)
-      prefix_block(b, head, slot, int(smallest(kBlockKeys, end - slot)), rows, slot + kBlockKeys < end, s);
+    for (int64_t slot = begin; slot < end; slot += kBlockKeys) {
+      const Block here = prefix_block(piece, slot, end);
+      const Block ahead = slot + kBlockKeys < end ? prefix_block(piece, slot + kBlockKeys, end) : first_block(next);
+      float positions[kBlockKeys];
+      for (int k = 0; k < here.count && uses_positions(); ++k) positions[k] = float(slot + k);
+      attend(here, positions, rows, s, ahead, nullptr);
+    }
     if (last) tree_blocks(b, head, rows, s);
 
     // Layout of a state: per row its top, then its sum, then its values.
@@ -192,11 +215,17 @@ class TreeAttention {
     return {(const T*)cache + b * stride[0] + head * stride[1] + slot * stride[2], stride[2]};
   }
 
-  void prefix_block(int64_t b, int64_t head, int64_t slot, int keys, int64_t rows, bool more, Scratch& s) const {
-    float key_positions[kBlockKeys];
-    for (int k = 0; k < keys && uses_positions(); ++k) key_positions[k] = float(slot + k);
-    block(slots_of(p.keys, p.keys_stride, b, head, slot), slots_of(p.values, p.values_stride, b, head, slot), keys,
-          key_positions, rows, s, more, nullptr);
+  // The block that begins at `slot`, up to `end`.
+  Block prefix_block(Piece piece, int64_t slot, int64_t end) const {
+    return {slots_of(p.keys, p.keys_stride, piece.row, piece.head, slot),
+            slots_of(p.values, p.values_stride, piece.row, piece.head, slot), int(smallest(kBlockKeys, end - slot))};
+  }
+
+  // What a piece begins with; nothing if there is none, or if a window may exclude it.
+  Block first_block(Piece piece) const {
+    if (piece.row < 0 || p.window > 0) return {};
+    const int64_t prefix = p.prefix_lens[piece.row];
+    return prefix_block(piece, piece.index * piece_length(prefix), prefix);
   }
 
   // The tree's slots, gathered: only those that some query of this row sees.
@@ -206,10 +235,9 @@ class TreeAttention {
     int count = 0;
     const auto flush = [&] {
       const Visible visible{this, b, nodes};
-      Slots<T> keys = slots_of(p.keys, p.keys_stride, b, head, p.prefix_lens[b]);
-      Slots<T> values = slots_of(p.values, p.values_stride, b, head, p.prefix_lens[b]);
-      keys.index = values.index = nodes;
-      if (count > 0) block(keys, values, count, positions, rows, s, false, &visible);
+      Block block = prefix_block({b, head}, p.prefix_lens[b], p.prefix_lens[b] + count);
+      block.keys.index = block.values.index = nodes;
+      if (count > 0) attend(block, positions, rows, s, {}, &visible);
       count = 0;
     };
     for (int64_t j = 0; j < p.tree_nodes; ++j) {
@@ -234,9 +262,10 @@ class TreeAttention {
     }
   };
 
-  // All rows attend to one block. `more`: another block lies behind it, whose keys are worth fetching ahead.
-  void block(const Slots<T>& keys, const Slots<T>& values, int count, const float* key_positions, int64_t rows,
-             Scratch& s, bool more, const Visible* visible) const {
+  // All rows attend to one block, while the next one is fetched.
+  void attend(const Block& block, const float* key_positions, int64_t rows, Scratch& s, const Block& next,
+              const Visible* visible) const {
+    const auto& [keys, values, count] = block;
     const int steps = int(ceil_div(count, kPack));
     const Element* key = s.key.data();
     int64_t key_stride = s.padded_dim;
@@ -258,10 +287,11 @@ class TreeAttention {
       const TileShape shape(tile_rows);
       const Element* query = &s.query[first * s.steps * kPack];
       // Values come closer while scores are computed, and the next block's keys while values are summed up.
+      // Once for all tiles: values come closer while scores are computed, the next keys while values are summed up.
       Ahead values_ahead, keys_ahead;
       if (first == 0 && !values.index) values_ahead = {(const char*)values.first, values.stride * int64_t(sizeof(T))};
-      if (first == 0 && more)
-        keys_ahead = {(const char*)(keys.first + count * keys.stride), keys.stride * int64_t(sizeof(T)) * kPack};
+      if (first == 0 && next.count >= count)
+        keys_ahead = {(const char*)next.keys.first, next.keys.stride * int64_t(sizeof(T)) * kPack};
       score_block(shape, key, key_stride, count, query, s.steps, s.scores.data(), values_ahead);
       if (first == 0 && stage) stage_values(values, count, p.value_dim, s.padded_value_dim, s.value.data());
       for (int v = 0; v < shape.vectors; ++v) {
