@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SETUP := pyproject.toml setup.py
 
-.PHONY: demo test lint format bench-quick clean help
+.PHONY: demo test test-sanitize lint format bench bench-quick bench-check clean help
 
 help:  ## This list.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,12 +31,26 @@ format: $(VENV)/.lint  ## Put all sources into shape.
 	$(BIN)/ruff format .
 	git ls-files '*.cpp' '*.h' | xargs $(BIN)/clang-format -i
 
-bench-quick: $(VENV)/.test  ## Each op against plain PyTorch, generate against model.generate; correctness first.
+# The kernels are built again with the sanitizers' checks; their runtimes have to be in the process from the start.
+SANITIZED = LBR_KERNELS_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)"
+KERNEL_TESTS = $(addprefix tests/test_,tree_attention.py commit.py sample_children.py route.py linear.py bad_input.py)
+
+test-sanitize: $(VENV)/.test  ## The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, 1, 2, 4 threads.
+	set -e; for threads in 1 2 4; do OMP_NUM_THREADS=$$threads $(SANITIZED) $(BIN)/pytest -q --capture=sys $(KERNEL_TESTS); done
+
+bench: $(VENV)/.test  ## All benchmarks, 15 minutes at most on two cores; correctness first.
 	$(BIN)/lbr-kernels build
 	mkdir -p .benchmarks
-	$(BIN)/pytest bench --benchmark-enable --benchmark-only --benchmark-group-by=group \
-		--benchmark-columns=min,median,iqr,rounds --benchmark-json=.benchmarks/run.json
-	$(BIN)/python bench/report.py .benchmarks/run.json
+	$(BIN)/pytest bench $(BENCH) --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds \
+		--benchmark-json=.benchmarks/run.json
+	$(BIN)/python bench/report.py show .benchmarks/run.json
+
+bench-quick: BENCH = --quick
+bench-quick: bench  ## A selection of the benchmarks, 2 minutes.
+
+bench-check: $(VENV)/.test  ## What the benchmarks compare is equal; nothing is timed.
+	$(BIN)/pytest -q bench --quick
 
 clean:  ## Remove the environment and what tools have left.
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
@@ -49,9 +63,9 @@ $(VENV)/.package: $(SETUP) | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test: $(SETUP) | $(VENV)/bin/python
-	$(BIN)/pip install --quiet "$(TORCH)" --editable '.[test]'
+	$(BIN)/pip install --quiet "$(TORCH)" --editable '.[test,bench]'
 	touch $@
 
 $(VENV)/.lint: $(SETUP) | $(VENV)/bin/python
-	$(BIN)/pip install --quiet "$(TORCH)" --editable '.[test,lint]'
+	$(BIN)/pip install --quiet "$(TORCH)" --editable '.[test,bench,lint]'
 	touch $@

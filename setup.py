@@ -56,7 +56,8 @@ def build_arguments() -> dict[str, Any]:
     kernels = CppExtension(
         f"lbr_kernels.{extension.extension_name()}",
         [str(path.relative_to(root)) for path in extension.sources()],
-        extra_compile_args={"cxx": list(extension.CXX_FLAGS)},
+        extra_compile_args={"cxx": extension.cxx_flags()},
+        extra_link_args=extension.link_flags(),
         py_limited_api=True,
         optional=not forced,
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from compare import Cost, compare, rotating
 from pytest_benchmark.fixture import BenchmarkFixture
-from roof import Roof
+from roof import Meter
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,14 +20,16 @@ QUICK = {(3, torch.float32), (9, torch.float32), (3, torch.bfloat16), (9, torch.
 @pytest.mark.parametrize(
     ("rows", "dtype", "outputs", "inputs"),
     [
-        pytest.param(rows, dtype, *shape, marks=[pytest.mark.quick] if (rows, dtype) in QUICK else [])
+        pytest.param(
+            rows, dtype, *shape, marks=[pytest.mark.quick] if (rows, dtype) in QUICK and shape[0] > shape[1] else []
+        )
         for rows, dtype, shape in product(
-            [1, 2, 3, 9, 16, 32, 64], [torch.float32, torch.bfloat16, torch.float16], [(4864, 896), (896, 4864)]
+            [1, 3, 9, 16, 32, 64], [torch.float32, torch.bfloat16, torch.float16], [(4864, 896), (896, 4864)]
         )
     ],
 )
 def bench_linear(
-    benchmark: BenchmarkFixture, roof: Roof, rows: int, dtype: torch.dtype, outputs: int, inputs: int
+    benchmark: BenchmarkFixture, meter: Meter, rows: int, dtype: torch.dtype, outputs: int, inputs: int
 ) -> None:
     x = torch.randn(rows, inputs).to(dtype)
     size = outputs * inputs * dtype.itemsize
@@ -49,6 +51,6 @@ def bench_linear(
         dtype=dtype,
         check=check,
         cost=Cost(size, 2 * rows * outputs * inputs),
-        roof=roof,
+        meter=meter,
         cold=True,
     )

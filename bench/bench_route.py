@@ -8,7 +8,7 @@ import pytest
 import torch
 from compare import Cost, compare, rotating
 from pytest_benchmark.fixture import BenchmarkFixture
-from roof import Roof
+from roof import Meter
 
 from lbr_kernels import Router, RouterConfig, ops
 from lbr_kernels.ops.tree_shape import num_slots
@@ -17,7 +17,7 @@ from lbr_kernels.ops.tree_shape import num_slots
 @pytest.mark.parametrize(
     "depth", [pytest.param(1, marks=pytest.mark.quick), pytest.param(2, marks=pytest.mark.quick), 3]
 )
-def bench_route(benchmark: BenchmarkFixture, roof: Roof, depth: int) -> None:
+def bench_route(benchmark: BenchmarkFixture, meter: Meter, depth: int) -> None:
     def router() -> Router:
         made = Router(RouterConfig(1536, depth)).eval()
         for parameter in made.parameters():
@@ -44,7 +44,7 @@ def bench_route(benchmark: BenchmarkFixture, roof: Roof, depth: int) -> None:
         dtype=torch.float32,
         check=lambda a, b: None if a[0].shape == b.shape else pytest.fail("shapes differ"),
         cost=Cost(size + 4 * hidden.numel(), 2 * 1536 * 128 * hidden.shape[1]),
-        roof=roof,
+        meter=meter,
         rounds=31,
         cold=True,
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from compare import Cost, compare
 from pytest_benchmark.fixture import BenchmarkFixture
-from roof import Roof
+from roof import Meter
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lbr_kernels import ops
@@ -24,7 +24,7 @@ FILTERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", FILTERS)
-def bench_sample_children(benchmark: BenchmarkFixture, roof: Roof, name: str) -> None:
+def bench_sample_children(benchmark: BenchmarkFixture, meter: Meter, name: str) -> None:
     filters = FILTERS[name]
     logits = torch.randn(1, VOCABULARY) * 2.5
     uniforms = torch.rand(1, WIDTH, dtype=torch.float64)
@@ -49,6 +49,6 @@ def bench_sample_children(benchmark: BenchmarkFixture, roof: Roof, name: str) ->
         dtype=torch.float32,
         check=check,
         cost=Cost(4 * VOCABULARY, 0),
-        roof=roof,
+        meter=meter,
         rounds=21,
     )

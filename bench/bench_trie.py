@@ -15,8 +15,7 @@ from lbr_kernels.evaluation.demo import BATCH, Demo
 from lbr_kernels.evaluation.reachability import evaluation_problems
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("rows", [1, BATCH])
+@pytest.mark.parametrize("rows", [1, pytest.param(BATCH, marks=pytest.mark.quick)])
 @pytest.mark.parametrize(("width", "depth"), [(3, 1), (3, 2)])
 def bench_trie(benchmark: BenchmarkFixture, rows: int, width: int, depth: int) -> None:
     demo = Demo()

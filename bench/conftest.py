@@ -8,7 +8,7 @@ import pytest
 import torch
 from compare import machine
 from pytest_benchmark.fixture import BenchmarkFixture
-from roof import Meter, Roof
+from roof import Meter
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,14 +26,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def meter() -> Meter:
-    """What measures roofs."""
+    """What reads the machine's roof."""
     return Meter()
-
-
-@pytest.fixture
-def roof(meter: Meter) -> Roof:
-    """The machine's roof, measured beside each record."""
-    return meter.measure()
 
 
 @pytest.fixture(autouse=True)

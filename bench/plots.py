@@ -62,7 +62,7 @@ def _attention(run: Run) -> Figure | None:
             continue
         read = sorted(r["roof"]["read_bytes"] for r in here)[len(here) // 2]
         peak = sorted(r["roof"][dtype] for r in here)[len(here) // 2]
-        xs = [2.0**e for e in range(-1, 9)]
+        xs = sorted([0.5, peak / read, 256])
         axis.plot(xs, [min(x * read, peak) / 1e9 for x in xs], color="black", linewidth=1, label="roof")
         axis.plot(
             xs, [0.6 * min(x * read, peak) / 1e9 for x in xs], color="black", linewidth=0.7, linestyle=":", label="60 %"
@@ -144,7 +144,7 @@ def _generate(run: Run) -> Figure | None:
         axis.set_xticks(range(len(here)), names)
         axis.set(title=SHORT[dtype], ylim=(0, None))
     axes[0].set_ylabel("milliseconds per committed token")
-    axes[0].legend(loc="upper left", fontsize=7)
+    axes[0].legend(loc="lower center", bbox_to_anchor=(1.1, -0.42), ncols=3)
     parameters = records[0]["shape"]["parameters"] / 1e6
     figure.suptitle(
         f"a decoding step of a Qwen2 of {parameters:.0f} M parameters; above the bars tokens per second", y=1.03

@@ -194,6 +194,7 @@ def performance_section(run: Run) -> str:
         "|---|---|--:|---|",
         *(f"| {' | '.join(cells)} |" for cells in rows),
         "",
+        *_scaling(run),
         "Of the machine's roof (the least time for these bytes and operations at its measured read rate and peak) "
         f"`tree_attention` reaches {', '.join(shares)}.",
         "",
@@ -207,6 +208,32 @@ def performance_section(run: Run) -> str:
         "`make bench` repeats the whole, `make bench-quick` a selection.",
     ]
     return "\n".join(lines)
+
+
+def _scaling(run: Run) -> list[str]:
+    """How times grow with prefix and nodes; from different records, so without turns."""
+
+    def milliseconds(op: str, **wanted: Any) -> float | None:
+        found = run.of(op, **wanted)
+        return 1e3 * found[0]["seconds"]["ours"]["median"] if found else None
+
+    parts = []
+    for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
+        held = {"heads": "32/8", "head size": 64, "batch": 1, "dtype": dtype}
+        one, three, far = (
+            milliseconds("tree_attention", nodes=nodes, prefix=prefix, **held)
+            for nodes, prefix in ((1, 8192), (3, 8192), (3, 32768))
+        )
+        if one and three and far:
+            parts.append(
+                f"{short}: three nodes take {number(three / one)} times as long as one at prefix 8192, and a prefix "
+                f"four times as long takes {number(far / three)} times as long"
+            )
+    commits = [milliseconds("commit_", depth=1, stored="one tensor", prefix=prefix) for prefix in (1024, 8192, 16384)]
+    if None not in commits:
+        shown = ", ".join(f"{1e3 * value:.0f}" for value in commits if value is not None)
+        parts.append(f"`commit_` (L = 1, one tensor) takes {shown} µs behind 1024, 8192 and 16384 slots")
+    return [f"`tree_attention`, heads 32/8, {'; '.join(parts)}.", ""] if parts else []
 
 
 def with_section(text: str, run: Run) -> str:

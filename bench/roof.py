@@ -5,21 +5,23 @@ Contract
 :class:`Meter` compiles ``roof.cpp`` for this processor and runs it with torch's number of threads. A kernel's roof time
 is ``max(bytes / read rate, operations / peak rate)``; nothing that reads these bytes and does these operations can be
 faster. Data that a cache holds can be read faster than memory, so what is measured against this roof is kept cold.
-Machines that are shared change their speed from minute to minute, so every record has a roof of its own.
+Machines that are shared change their speed from minute to minute, so every record has a roof of its own, measured in
+turns with the sides and, like them, taken as a median.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import statistics
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import torch
 
-_REPEATS = 9
 _READ_BYTES = 1 << 28
 _LOOPS = 1_000_000
 
@@ -55,14 +57,21 @@ class Meter:
             self._library = ctypes.CDLL(str(library))
         for name in ("read_rate", "float_rate", "bf16_rate"):
             getattr(self._library, name).restype = ctypes.c_double
-        self._data = torch.zeros(_READ_BYTES // 4)
+        # Written once: memory that never was is one page of zeros, over and over, and a cache holds it.
+        self._data = torch.ones(_READ_BYTES // 4)
 
-    def measure(self) -> Roof:
-        """The best of some runs of each; takes a fraction of a second."""
+    def read(self) -> Roof:
+        """One reading; takes some tens of milliseconds."""
         threads = torch.get_num_threads()
         address, count = ctypes.c_void_p(self._data.data_ptr()), ctypes.c_int64(self._data.numel())
         loops = ctypes.c_int64(_LOOPS)
-        read = max(self._library.read_rate(address, count, threads) for _ in range(_REPEATS))
-        single = max(self._library.float_rate(loops, threads) for _ in range(_REPEATS))
-        pairs = max(self._library.bf16_rate(loops, threads) for _ in range(_REPEATS))
+        read = self._library.read_rate(address, count, threads)
+        # Short, so that one of a few runs goes undisturbed.
+        single = max(self._library.float_rate(loops, threads) for _ in range(4))
+        pairs = max(self._library.bf16_rate(loops, threads) for _ in range(4))
         return Roof(read, single, pairs or single)
+
+
+def median(readings: Sequence[Roof]) -> Roof:
+    """The median of each rate."""
+    return Roof(*(statistics.median(rates) for rates in zip(*map(astuple, readings), strict=True)))

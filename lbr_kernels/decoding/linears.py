@@ -32,10 +32,13 @@ _lock = threading.Lock()
 
 def few_row_layers(model: nn.Module, backend: str | None) -> list[nn.Linear]:
     """The layers of ``model`` that ``ops.linear`` can serve, none where it would not be faster."""
-    reasons = ops.backends("cpu")["linear"]
-    if all(reasons[name] is not None for name in _FAST) or backend not in (None, "cpu", *_FAST):
+    if backend not in (None, "cpu", *_FAST):
         return []
-    return [layer for layer in model.modules() if type(layer) is nn.Linear and _is_plain(layer)]
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _is_plain(layer)]
+    # Asked last, as it may compile the kernels.
+    if not layers or all(ops.backends("cpu")["linear"][name] is not None for name in _FAST):
+        return []
+    return layers
 
 
 def _is_plain(layer: nn.Linear) -> bool:

@@ -45,6 +45,7 @@ CXX_FLAGS = (
     "-fvisibility=hidden",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
+_SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 _lock = threading.Lock()
 
 
@@ -59,9 +60,22 @@ def sources() -> list[Path]:
     return [source_dir() / name for name in _SOURCES]
 
 
+def cxx_flags() -> list[str]:
+    """What the compiler is given."""
+    return [*CXX_FLAGS, *link_flags(), *(["-O1", "-g"] if link_flags() else [])]
+
+
+def link_flags() -> list[str]:
+    """What the linker is given: with ``LBR_KERNELS_SANITIZE=1`` AddressSanitizer and UndefinedBehaviorSanitizer.
+
+    Such a build is for tests, in a process that has libasan preloaded; see ``make test-sanitize``.
+    """
+    return list(_SANITIZE) if os.environ.get("LBR_KERNELS_SANITIZE") == "1" else []
+
+
 def extension_name() -> str:
     """``_kernels_<hash>``: another source or flag is another extension, so a stale binary is never loaded."""
-    digest = hashlib.sha256(" ".join(CXX_FLAGS).encode())
+    digest = hashlib.sha256(" ".join(cxx_flags()).encode())
     for path in sorted(source_dir().rglob("*")):
         if path.suffix in (".cpp", ".h"):
             digest.update(path.relative_to(source_dir()).as_posix().encode() + path.read_bytes())
@@ -182,7 +196,8 @@ def _compile(name: str, directory: Path) -> None:
         cpp_extension.load(
             name,
             [str(path) for path in sources()],
-            extra_cflags=list(CXX_FLAGS),
+            extra_cflags=cxx_flags(),
+            extra_ldflags=link_flags(),
             build_directory=str(directory),
             is_python_module=False,
         )
