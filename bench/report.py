@@ -316,7 +316,7 @@ def compare(
     """Fail if a ratio figure of RUN is more than 10 % below the one in STORED; times alone are not compared."""
     worse = regressions(Run(run), Run(stored))
     for line in worse:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     if worse:
         raise typer.Exit(1)
     console.print("no ratio figure fell by more than 10 %")

@@ -19,12 +19,11 @@ def run():
     return Run(KEPT)
 
 
-def changed(tmp_path, change):
+def changed(path, change):
     """The kept run with something else in it."""
     data = json.loads(KEPT.read_text())
     for bench in data["benchmarks"]:
         change(bench["extra_info"])
-    path = tmp_path / "other.json"
     path.write_text(json.dumps(data))
     return path
 
@@ -68,8 +67,7 @@ def test_a_slowdown_of_more_than_a_tenth_is_found(run, tmp_path):
 
         return change
 
-    a_little, too_much = (changed(tmp_path / str(f), slower(f)) if (tmp_path / str(f)).mkdir() is None else None
-                          for f in (1.08, 1.2))  # fmt: skip
+    a_little, too_much = changed(tmp_path / "a.json", slower(1.08)), changed(tmp_path / "b.json", slower(1.2))
     cli = CliRunner()
     assert cli.invoke(app, ["compare", str(a_little), str(KEPT)]).exit_code == 0
     failed = cli.invoke(app, ["compare", str(too_much), str(KEPT)])
