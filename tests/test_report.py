@@ -73,8 +73,7 @@ def test_a_slowdown_of_more_than_a_tenth_is_found(run, tmp_path):
     failed = cli.invoke(app, ["compare", str(too_much), str(KEPT)])
     assert failed.exit_code == 1
     assert failed.output.count(", was ") == sum(len(report.ratios(record)) for record in run.records)
-    # Records that the other run lacks are not held against it, and times alone mean nothing.
-    assert regressions(Run(too_much), Run(a_little)) != []
+    # Records that the other run lacks are not held against it.
     fewer = copy.copy(run)
     fewer.records = run.records[:3]
     assert regressions(fewer, run) == regressions(run, fewer) == []
