@@ -14,6 +14,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from lbr_kernels import Router
+from lbr_kernels.decoding.cache import CACHE_NAME
 from lbr_kernels.ops.tree_shape import layer_offset, num_slots, path_slots
 
 
@@ -79,7 +80,7 @@ class NaiveDecoder:
         head = self.model.get_output_embeddings()
         handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1]))
         try:
-            out = self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = self.model(input_ids, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
         finally:
             handle.remove()
         return out.logits[:, -1], seen[0]

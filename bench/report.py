@@ -97,7 +97,8 @@ def tables(run: Run) -> str:
     parts = [f"# {run.path.stem}", run.describe()]
     parts.append(
         "Each run alternates the sides; times and ratios are medians, in parentheses the quartiles of the ratio. "
-        "`% of roof` is the least time that the machine needs for these bytes and operations, divided by ours."
+        "`% of roof` is the least time that the machine needs for these bytes and operations, divided by ours; more "
+        "than 100 means that the machine was faster in our rounds than when its roof was read."
     )
     for op in dict.fromkeys(record["op"] for record in run.records):
         parts.append(f"## {op}")
@@ -147,9 +148,14 @@ def performance_section(run: Run) -> str:
     for prefix in (8192, 1024):
         for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
             if found := run.of("tree_attention", prefix=prefix, dtype=dtype, **grid):
-                what = f"`tree_attention`, prefix {prefix}, {short}"
+                what = f"`tree_attention`, 3, 9 and 12 nodes behind {prefix} slots, {short}"
                 row(what, "the fastest form of SDPA", spread(best(r, SDPA) for r in found), "bench_tree_attention.py")
                 shares.append(f"{spread(r['percent_of_roof'] for r in found)} % (prefix {prefix}, {short})")
+    flex = "FlexAttention, compiled"
+    for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
+        if found := [r for r in run.of("tree_attention", dtype=dtype) if flex in ratios(r)]:
+            what = f"… head size 64, behind 8192 slots, {short}"
+            row(what, flex, spread(best(r, flex) for r in found), "bench_tree_attention.py")
     for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16")):
         if found := run.of("linear", dtype=dtype, rows=(3, 9)):
             row(f"`linear`, 3 and 9 rows, {short}", "torch's", spread(map(best, found)), "bench_linear.py")
@@ -186,7 +192,8 @@ def performance_section(run: Run) -> str:
     lines = [
         f"Measured on {m['threads']} threads of an {m['cpu']} ({m['capability']}), torch {m['torch']}, transformers "
         f"{m['transformers']}, {run.date}. All sides run in turns and are checked against each other first; a figure "
-        "says how many times as long the other side takes (median over rounds; a range is over shapes). `generate` "
+        "says how many times as long the other side takes (median over rounds; a range is over shapes: for "
+        "`tree_attention` heads 32/8 and 14/2, head sizes 64 and 128). `generate` "
         f"decodes with a random-weight Qwen2 of {parameters:.0f} M parameters behind a prompt of 256 tokens; its times "
         "are those of a decoding step.",
         "",

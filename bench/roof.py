@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ class Meter:
 
     def read(self) -> Roof:
         """One reading; takes some tens of milliseconds."""
+        time.sleep(0.03)  # torch's own threads wait for more work for some milliseconds, and would be in the way
         threads = torch.get_num_threads()
         address, count = ctypes.c_void_p(self._data.data_ptr()), ctypes.c_int64(self._data.numel())
         loops = ctypes.c_int64(_LOOPS)

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from lbr_kernels import LBRConfig, LBRGenerateOutput, Router, check_model, generate
+from lbr_kernels.decoding.cache import CACHE_NAME
 
 INF = float("inf")
 SAMPLED = {"do_sample": True, "top_k": 0}
@@ -303,7 +304,7 @@ def test_the_callers_cache_holds_the_text(llama, return_dict, sequences):
 
 def test_a_cache_needs_left_padding(llama):
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    with pytest.raises(ValueError, match="past_key_values needs an attention_mask whose padding is on the left"):
+    with pytest.raises(ValueError, match=f"{CACHE_NAME} needs an attention_mask whose padding is on the left"):
         generate(llama, IDS, attention_mask=mask, past_key_values=DynamicCache(), max_new_tokens=2)
 
 

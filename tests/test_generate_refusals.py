@@ -27,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lbr_kernels import Router, UnsupportedModelError, check_model, generate
 from lbr_kernels.decoding import adapter
+from lbr_kernels.decoding.cache import CACHE_NAME
 
 NAN, INF = float("nan"), float("inf")
 
@@ -57,7 +58,7 @@ REFUSED = [
     ({"zzz": 3}, TypeError, "unknown argument 'zzz'$"),
     ({"token_type_ids": torch.zeros(2, 4)}, (TypeError, ValueError), "token_type_ids"),
     ({"position_ids": torch.zeros(3, 2, 4, dtype=torch.int64)}, ValueError, r"position_ids has shape \[3, 2, 4\]"),
-    ({"past_key_values": StaticCache(tiny_llama().config, 20)}, ValueError, "past_key_values is a StaticCache"),
+    ({"past_key_values": StaticCache(tiny_llama().config, 20)}, ValueError, f"{CACHE_NAME} is a StaticCache"),
     ({"width": 1000, "depth": 5}, ValueError, "width 1000 and depth 5 make a tree of more than 1048576 nodes"),
     ({"width": 2, "depth": 10**9}, ValueError, "width 2 and depth 1000000000 make a tree of more than 1048576 nodes"),
     ({"trie": "yes"}, ValueError, "trie is 'yes', expected True, False or None"),

@@ -110,6 +110,18 @@ def test_left_as_found_after_an_interrupt_and_by_the_last_of_several():
     assert untouched(model)
 
 
+def test_layers_that_serve_another_thread_are_served_here_too():
+    """Which product a call uses must not depend on what other threads do meanwhile."""
+    model = tiny_llama()
+    layers = few_row_layers(model, None)
+    with few_row_linears(layers):
+        assert few_row_layers(model, None) == layers
+        with few_row_linears(few_row_layers(model, None)):
+            pass
+        assert not untouched(model)
+    assert untouched(model)
+
+
 def test_a_text_does_not_depend_on_its_batch_bit_for_bit():
     """Hidden states too: what the router and the head see is the same whatever rows are decoded beside it."""
     model, ids = tiny_llama(), torch.randint(1, 50, (5, 9))

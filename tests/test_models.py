@@ -72,8 +72,14 @@ def test_refused_by_structure():
         num_key_value_heads=2, layer_types=["conv", "full_attention"],
     )  # fmt: skip
     assert "cannot share" in check_model(AutoModelForCausalLM.from_config(lfm)).reason
-    gptj = AutoConfig.for_model("gptj", vocab_size=20, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
-    assert "attention interface" in check_model(AutoModelForCausalLM.from_config(gptj)).reason
+    xglm = AutoConfig.for_model("xglm", vocab_size=20, d_model=16, ffn_dim=16, num_layers=1, attention_heads=2)
+    assert "attention interface" in check_model(AutoModelForCausalLM.from_config(xglm)).reason
+
+
+def test_the_check_is_of_the_models_own_arithmetic():
+    """Whatever the caller has switched on around it."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert check_model(tiny_llama()).reason is None
 
 
 def test_refused_for_not_being_causal():

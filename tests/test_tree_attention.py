@@ -159,7 +159,8 @@ def test_any_shape(backend, data):
     Hq = p["query"].shape[1]
     extras = draw(
         st.fixed_dictionaries({}, optional={
-            "window": st.sampled_from([1, 2, 50, 300]), "softcap": st.just(8.0), "scale": st.just(0.3),
+            "window": st.sampled_from([1, 2, 50, 300]), "softcap": st.just(8.0),
+            "scale": st.sampled_from([0.3, -0.2, 0.0]),
             "sinks": st.just(torch.linspace(-2, 2, Hq)), "alibi_slopes": st.just(torch.linspace(0.01, 0.2, Hq)),
         })
     )  # fmt: skip
@@ -274,6 +275,18 @@ def pack_depths(ancestors: Tensor) -> Tensor:
     T = ancestors.shape[1]
     bits = (ancestors[..., 0, None] >> torch.arange(T)) & 1
     return bits.sum(-1).to(torch.int32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [0.0, -0.0, -0.3, 1e-40])
+@pytest.mark.parametrize("longest", [0, 1, 2, 129])
+def test_any_scale(backend, scale, longest):
+    """Zero and negative too; with rows that fill vectors halfway, and odd numbers of keys."""
+    p = problem(B=1, Hk=1, group=4, T=5, N=5, longest=longest)
+    out = ops.tree_attention(**p, scale=scale, backend=backend)
+    wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in p.items()}
+    want = ops.tree_attention(**wide, scale=scale, backend="reference")
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

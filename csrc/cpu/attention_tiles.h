@@ -119,6 +119,7 @@ template <class Element>
 struct WholeLanes {
   static constexpr int kKeys = 1;
   static vfloat scores(const float* at, int k, int /*keys*/) { return load(at + k * kTileRows); }
+  static vfloat counted(vfloat v, int /*k*/, int /*keys*/) { return v; }
   static vfloat over_keys(vfloat v, vfloat (*)(vfloat, vfloat)) { return v; }
   static vfloat first_of(vfloat v) { return v; }
 
@@ -143,10 +144,11 @@ struct WholeLanes {
 template <class Element>
 struct HalfLanes {
   static constexpr int kKeys = 2;
+  // The last of an odd number of keys stands in both halves, and counts in the first.
   static vfloat scores(const float* at, int k, int keys) {
-    if (k + 1 == keys) return blend_halves(load(at + k * kTileRows), splat(-INFINITY));
-    return join_halves(at + k * kTileRows, at + (k + 1) * kTileRows);
+    return join_halves(at + k * kTileRows, at + (k + 1 < keys ? k + 1 : k) * kTileRows);
   }
+  static vfloat counted(vfloat v, int k, int keys) { return k + 1 < keys ? v : first_of(v); }
   static vfloat over_keys(vfloat v, vfloat (*combine)(vfloat, vfloat)) { return combine(v, swap_halves(v)); }
   static vfloat first_of(vfloat v) { return blend_halves(v, vfloat{}); }
 

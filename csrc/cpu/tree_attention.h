@@ -345,7 +345,7 @@ class TreeAttention {
     const vfloat keep = exp2(old_max - base);
     vfloat sum = Lanes::first_of(load(&s.sum[row0]) * keep);
     const auto probability = [&](int k) LBR_INLINE {
-      const vfloat p = exp2(fma(Lanes::scores(scores, k, keys), scaling, -base));
+      const vfloat p = Lanes::counted(exp2(fma(Lanes::scores(scores, k, keys), scaling, -base)), k, keys);
       sum = sum + p;
       return p;
     };

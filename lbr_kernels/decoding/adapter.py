@@ -34,7 +34,7 @@ from lbr_kernels.decoding.attention import (
     prefill_implementation,
     tree_forward,
 )
-from lbr_kernels.decoding.cache import TreeCache, layer_window
+from lbr_kernels.decoding.cache import CACHE_NAME, TreeCache, layer_window
 from lbr_kernels.decoding.linears import few_row_layers, few_row_linears
 from lbr_kernels.decoding.tree import LookaheadTree
 from lbr_kernels.ops.tree_shape import path_slots
@@ -58,7 +58,10 @@ class ModelAdapter:
         self.head: nn.Module = head
         self._configs = configs_of(model)
         self._linears = few_row_layers(model, backend)
-        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_logits_to_keep = "logits_to_keep" in parameters
+        # A model's own code may be older than the transformers that runs it.
+        self._cache_name = CACHE_NAME if CACHE_NAME in parameters else "past_key_values"
 
     @property
     def hidden_size(self) -> int:
@@ -85,7 +88,7 @@ class ModelAdapter:
         else:
             with attention_implementation(self._configs, implementation, wait=False):
                 outputs = self.model._prefill(input_ids, generation_config, model_kwargs)
-        return outputs.logits[:, -1], outputs.past_key_values
+        return outputs.logits[:, -1], getattr(outputs, CACHE_NAME)
 
     def forward_tree(
         self, tokens: Tensor, positions: Tensor, forward: TreeForward, select: Select
@@ -101,22 +104,22 @@ class ModelAdapter:
             The hidden states, and the head's logits after whatever the model does to them.
         """
         with tree_forward(forward, self._configs), few_row_linears(self._linears):
-            return self._call(
-                select, input_ids=tokens, position_ids=positions, past_key_values=forward.cache, use_cache=True
-            )
+            return self._call(select, forward.cache, input_ids=tokens, position_ids=positions)
 
-    def head_inputs(self, **inputs: Any) -> Tensor:
+    def head_inputs(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
         """The hidden states ``[B, N, D]`` of a plain forward, as the head would receive them."""
-        return self._call(lambda states: states[:, -1:], **inputs)[0]
+        return self._call(lambda states: states[:, -1:], cache, input_ids=input_ids)[0]
 
-    def _call(self, select: Select, **inputs: Any) -> tuple[Tensor, Tensor]:
+    def _call(self, select: Select, cache: Cache | None, **inputs: Any) -> tuple[Tensor, Tensor]:
         seen: list[Tensor] = []
-        caller, selecting = threading.get_ident(), False
+        caller, selecting, finished = threading.get_ident(), False, False
 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             nonlocal selecting
-            if selecting or threading.get_ident() != caller:
-                return None  # a forward of the same model by another thread, or by what `select` calls
+            if finished or selecting or threading.get_ident() != caller:
+                # A forward of the same model by another thread, or by what `select` calls; or an interrupt came between
+                # the hook and its handle.
+                return None
             seen.append(args[0])
             selecting = True
             try:
@@ -127,11 +130,17 @@ class ModelAdapter:
 
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = 0
-        handle = self.head.register_forward_pre_hook(hook)
+        inputs["use_cache"] = cache is not None
+        if cache is not None:
+            inputs[self._cache_name] = cache
+        handle = None
         try:
+            handle = self.head.register_forward_pre_hook(hook)
             outputs = self.model(**inputs, return_dict=True)
         finally:
-            handle.remove()
+            finished = True
+            if handle is not None:
+                handle.remove()
         if len(seen) != 1:
             raise UnsupportedModelError(f"{_name(self.model)} calls its output head {len(seen)} times per forward")
         return seen[0], outputs.logits
@@ -225,7 +234,8 @@ def _check(model: PreTrainedModel) -> ModelReport:
     if reason is not None:
         return ModelReport(reason)
     try:
-        return _compare(model)
+        with torch.autocast(model.device.type, enabled=False):  # the model's own arithmetic is what is checked
+            return _compare(model)
     except Exception as error:  # a model's own code can fail in any way, and each is a reason
         return ModelReport(f"a forward of a tree failed ({type(error).__name__}: {error})")
 
@@ -255,7 +265,7 @@ def _compare(model: PreTrainedModel) -> ModelReport:
     prefix = random_tokens(length)
     tree = LookaheadTree(1, _WIDTH, _DEPTH, trie=False, device=device)
     prefilled = DynamicCache(config=model.config)
-    adapter.head_inputs(input_ids=prefix, use_cache=True, past_key_values=prefilled)
+    adapter.head_inputs(prefix, prefilled)
     cache = TreeCache.from_prefill(
         prefilled, torch.tensor([length]), repeats=1, tree_nodes=tree.num_slots, max_new_tokens=2
     )
@@ -285,7 +295,7 @@ def _compare(model: PreTrainedModel) -> ModelReport:
 
     deepest = max(map(len, hidden))
     padded = torch.tensor([[*path, *[0] * (deepest - len(path))] for path in hidden], device=device)
-    fresh = adapter.head_inputs(input_ids=torch.cat([prefix.expand(len(padded), -1), padded], 1), use_cache=False)
+    fresh = adapter.head_inputs(torch.cat([prefix.expand(len(padded), -1), padded], 1))
     expected = torch.stack([fresh[row, length + len(path) - 1] for row, path in enumerate(hidden)])
     error = _relative_error(torch.stack(list(hidden.values())), expected)
     noise = _cached_noise(adapter, prefix, padded[:1], fresh[:1, length:])
@@ -317,10 +327,8 @@ def _interface_mismatch(cache: TreeCache, asked: list[int | None]) -> str | None
 def _cached_noise(adapter: ModelAdapter, prefix: Tensor, path: Tensor, fresh: Tensor) -> float:
     """How far the model's own cached decoding of a path ``[1, n]`` is from its fresh forward."""
     cache = DynamicCache(config=adapter.model.config)
-    adapter.head_inputs(input_ids=prefix, use_cache=True, past_key_values=cache)
-    states = [
-        adapter.head_inputs(input_ids=token, use_cache=True, past_key_values=cache) for token in path.split(1, dim=1)
-    ]
+    adapter.head_inputs(prefix, cache)
+    states = [adapter.head_inputs(token, cache) for token in path.split(1, dim=1)]
     return _relative_error(torch.cat(states, dim=1), fresh)
 
 
@@ -333,7 +341,7 @@ def _rounding_noise(adapter: ModelAdapter, ids: Tensor, fresh: Tensor, generator
 
     handle = adapter.model.get_input_embeddings().register_forward_hook(nudge)
     try:
-        nudged = adapter.head_inputs(input_ids=ids, use_cache=False)
+        nudged = adapter.head_inputs(ids)
     finally:
         handle.remove()
     return _relative_error(nudged, fresh)

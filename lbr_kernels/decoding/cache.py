@@ -13,13 +13,17 @@ which changes nothing, since windows compare positions with each other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from lbr_kernels import ops
+
+CACHE_NAME = "cache" if any(f.name == "cache" for f in fields(GenerateDecoderOnlyOutput)) else "past_key_values"
+"""What this transformers calls the cache of a text: ``past_key_values`` up to 5.23, ``cache`` from 5.24 on."""
 
 # Memory for a text grows by half of what there is, and by so many slots at least.
 _MIN_GROWTH = 256

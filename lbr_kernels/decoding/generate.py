@@ -19,7 +19,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import TransformersKwargs
 
 from lbr_kernels.decoding.adapter import ModelAdapter, require_supported
-from lbr_kernels.decoding.cache import TreeCache
+from lbr_kernels.decoding.cache import CACHE_NAME, TreeCache
 from lbr_kernels.decoding.config import LBRConfig
 from lbr_kernels.decoding.loop import DecodingStats, Limits, StepView, TreeDecoder
 from lbr_kernels.decoding.routing import RouterLike, Routing
@@ -53,9 +53,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_cache": (None, True),
 }
 # What a model's forward may be given: the loop knows how to carry these on.
-_MODEL_INPUTS = {"attention_mask", "inputs_embeds", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
+_MODEL_INPUTS = {"attention_mask", "inputs_embeds", "logits_to_keep", CACHE_NAME, "position_ids", "use_cache"}
 
-_LEFT_PADDED_CACHE = "generate: past_key_values needs an attention_mask whose padding is on the left"
+_LEFT_PADDED_CACHE = f"generate: {CACHE_NAME} needs an attention_mask whose padding is on the left"
 
 
 @dataclass
@@ -63,7 +63,8 @@ class LBRGenerateOutput(GenerateDecoderOnlyOutput):
     """What ``model.generate`` returns with ``return_dict_in_generate``, and two fields more.
 
     ``scores`` and ``logits`` belong to the committed tokens. ``trajectory`` holds every grown node and every choice,
-    ``stats`` what the call cost. ``past_key_values`` is None for prompts that were padded on the right.
+    ``stats`` what the call cost. ``past_key_values`` (``cache`` from
+    transformers 5.24 on) is None for prompts that were padded on the right.
     """
 
     trajectory: TreeTrajectory | None = None
@@ -127,6 +128,8 @@ def generate(
         config, width=width, depth=depth, router_temperature=router_temperature, router_do_sample=router_do_sample,
         candidate_min_p=candidate_min_p, trie=trie, backend=backend,
     )  # fmt: skip
+    if "past_key_values" in kwargs and CACHE_NAME not in kwargs:
+        kwargs[CACHE_NAME] = kwargs.pop("past_key_values")  # the old name is good everywhere
     wrapped, model = model, _unwrapped(model)
     _check_keywords(model, kwargs)
     _check_settings(model, kwargs)
@@ -205,7 +208,7 @@ class _Call:
             shown = self.shown_prompt.repeat_interleave(rows // len(self.shown_prompt), dim=0)
 
         # Return sequences of one prompt share its prefill, unless they come with a cache of their own.
-        past = model_kwargs.get("past_key_values")
+        past = model_kwargs.get(CACHE_NAME)
         continues = past is not None and past.get_seq_length() > 0
         repeats = 1 if continues else generation_config.num_return_sequences or 1
         prompt_ids = input_ids[::repeats]
@@ -291,9 +294,9 @@ class _Call:
             sequences=cast(torch.LongTensor, sequences),
             scores=tuple(decoder.scores) if generation_config.output_scores else None,
             logits=tuple(decoder.raw_logits) if generation_config.output_logits else None,
-            past_key_values=returned_cache,
             trajectory=trajectory,
             stats=stats,
+            **{CACHE_NAME: returned_cache},
         )
 
     def _row_streams(self, rows: int, device: torch.device) -> Tensor:
@@ -393,7 +396,7 @@ def _check_prompts(inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
     if not isinstance(mask, Tensor) or mask.dim() != 2 or embeds is not None:
         return
     # With a cache the mask also covers what it holds.
-    fits = mask.shape[1] == ids.shape[1] or (mask.shape[1] > ids.shape[1] and kwargs.get("past_key_values") is not None)
+    fits = mask.shape[1] == ids.shape[1] or (mask.shape[1] > ids.shape[1] and kwargs.get(CACHE_NAME) is not None)
     if len(mask) != len(ids) or not fits:
         raise ValueError(
             f"generate: attention_mask has shape {list(mask.shape)}, expected the prompts' {list(ids.shape)}"
@@ -431,7 +434,7 @@ def _left_align_arguments(inputs: Tensor | None, kwargs: dict[str, Any]) -> tupl
     order = _alignment(kwargs.get("attention_mask"))
     if order is None:
         return inputs, None
-    if kwargs.get("past_key_values") is not None:
+    if kwargs.get(CACHE_NAME) is not None:
         raise ValueError(_LEFT_PADDED_CACHE)
     shown = inputs if inputs is not None else kwargs.get("input_ids")
     for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"):
@@ -460,7 +463,7 @@ def _reorder(value: Any, order: Tensor) -> Any:
 def _prompt_lens(mask: Tensor | None, prefilled: Cache, rows: int) -> Tensor:
     if not isinstance(prefilled, DynamicCache):
         raise ValueError(
-            f"generate: past_key_values is a {type(prefilled).__name__}, which a tree cannot honour; "
+            f"generate: {CACHE_NAME} is a {type(prefilled).__name__}, which a tree cannot honour; "
             "expected a DynamicCache"
         )
     if mask is not None:

@@ -34,7 +34,8 @@ def few_row_layers(model: nn.Module, backend: str | None) -> list[nn.Linear]:
     """The layers of ``model`` that ``ops.linear`` can serve, none where it would not be faster."""
     if backend not in (None, "cpu", *_FAST):
         return []
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _is_plain(layer)]
+    with _lock:  # layers that serve another thread now are as plain as they will be again
+        layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _is_plain(layer)]
     # Asked last, as it may compile the kernels.
     if not layers or all(ops.backends("cpu")["linear"][name] is not None for name in _FAST):
         return []
@@ -49,7 +50,7 @@ def _is_plain(layer: nn.Linear) -> bool:
         and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and weight.stride(-1) == 1
         and (bias is None or (type(bias) is nn.Parameter and bias.dtype == weight.dtype))
-        and "forward" not in layer.__dict__
+        and ("forward" not in layer.__dict__ or layer in _users)
     )
 
 
@@ -60,20 +61,20 @@ def few_row_linears(layers: Iterable[nn.Linear]) -> Iterator[None]:
     try:
         with _lock:
             for layer in layers:
-                if layer not in _users:
-                    if "forward" in layer.__dict__:
-                        continue
-                    _users[layer] = 0
-                    layer.__dict__["forward"] = partial(_forward, layer)
+                users = _users.get(layer, 0)
+                if users == 0 and "forward" in layer.__dict__:
+                    continue  # somebody has replaced it since
+                _users[layer] = users + 1
                 taken.append(layer)
-                _users[layer] += 1
+                layer.__dict__["forward"] = partial(_forward, layer)
         yield
     finally:
         with _lock:
             for layer in taken:
                 _users[layer] -= 1
                 if _users[layer] <= 0:
-                    del _users[layer], layer.__dict__["forward"]
+                    del _users[layer]
+                    layer.__dict__.pop("forward", None)
 
 
 def _forward(layer: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002 - torch's name, which callers may use

@@ -3,8 +3,9 @@
 Contract
 --------
 ``torch.nn.functional.linear`` for the few rows that a decoding step has: the nodes of a tree. On a CPU a framework's
-matrix products are made for many rows, or for one; in between they are far from memory speed. Sums run in fp32 and in
-an order that depends on the length of a row alone: a row's result is the same bits whatever rows stand beside it.
+matrix products are made for many rows, or for one; in between they are far from memory speed. Sums run in fp32, and in
+the kernels in an order that depends on the length of a row alone: a row's result is the same bits whatever rows stand
+beside it. A processor's bf16 dot products take subnormal numbers for zero.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ Contract
 --------
 Row b sees slots ``[0, prefix_lens[b])`` of its cache and, of the tree's slots ``prefix_lens[b] + j``, those whose bit j
 is set in its mask row (a node's own bit included). Slots that nobody sees are never read. The sum over all visible
-slots runs in fp32. ``window`` is measured in positions, a node at depth d standing at ``prefix_lens[b] + d - 1``, so
-siblings share a position and a commit never changes one.
+slots runs in fp32; a processor's bf16 dot products take subnormal numbers for zero. ``window`` is measured in
+positions, a node at depth d standing at ``prefix_lens[b] + d - 1``, so siblings share a position and a commit never
+changes one.
 """
 
 from __future__ import annotations

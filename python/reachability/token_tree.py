@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from lbr_kernels.decoding.cache import CACHE_NAME
 from lbr_kernels.router import Router
 
 
@@ -63,7 +64,7 @@ class TokenTree:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.model.dtype
         mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
         hidden: Tensor = self.model.base_model(
-            input_ids=tokens, position_ids=positions, attention_mask=mask.unsqueeze(1), past_key_values=self._cache
+            input_ids=tokens, position_ids=positions, attention_mask=mask.unsqueeze(1), **{CACHE_NAME: self._cache}
         ).last_hidden_state
         return hidden
 
