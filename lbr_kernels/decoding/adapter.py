@@ -295,11 +295,12 @@ def _compare(model: PreTrainedModel) -> ModelReport:
 
     deepest = max(map(len, hidden))
     padded = torch.tensor([[*path, *[0] * (deepest - len(path))] for path in hidden], device=device)
-    fresh = adapter.head_inputs(torch.cat([prefix.expand(len(padded), -1), padded], 1))
+    ids = torch.cat([prefix.expand(len(padded), -1), padded], 1)
+    fresh = adapter.head_inputs(ids)
     expected = torch.stack([fresh[row, length + len(path) - 1] for row, path in enumerate(hidden)])
     error = _relative_error(torch.stack(list(hidden.values())), expected)
     noise = _cached_noise(adapter, prefix, padded[:1], fresh[:1, length:])
-    rounding = _rounding_noise(adapter, torch.cat([prefix.expand(len(padded), -1), padded], 1), fresh, generator)
+    rounding = _rounding_noise(adapter, ids, fresh, generator)
     allowed = max(_NOISE_FACTOR * noise, _ROUNDING_FACTOR * rounding, _FLOOR[fresh.dtype])
     reason = None
     if not noise <= _MOST_NOISE[fresh.dtype]:

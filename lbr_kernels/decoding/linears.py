@@ -23,7 +23,7 @@ from lbr_kernels import ops
 from lbr_kernels.decoding.attention import current_tree_forward
 
 MOST_ROWS = 64
-"""Up to here ``ops.linear`` was measured to be faster; beyond it the framework's own has enough rows to work with."""
+"""Up to here ``ops.linear`` was measured to be faster, or in bf16 near it; beyond, the framework has rows enough."""
 
 _FAST = ("cpu-avx2", "cpu-avx512", "cpu-avx512-bf16")
 _users: dict[nn.Linear, int] = {}  # forwards that a layer's replacement serves now
