@@ -1,154 +1,36 @@
 // Registers the kernels with torch, for the CPU.
 //
-// The only file here that knows torch, and it uses the stable ABI alone (target 2.10), so that one binary serves every
-// later version. The schemas are defined in Python (lbr_kernels/ops). Everything that a kernel relies on is checked
-// here, before anything is written, in the words of the Python reference; tests hold the two together.
+// Torch ends here, and only its stable ABI is used (target 2.10), so that one binary serves every later version. The
+// schemas are defined in Python (lbr_kernels/ops). Everything that a kernel relies on is checked before anything is
+// written.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <unordered_map>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/kernels.h"
 #include "params.h"
+#include "tree_attention.h"
 
 namespace lbr {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 const ThreadPool kTorchPool{[](int64_t count, int64_t grain, ThreadPool::Body body, void* context) {
   if (count <= 0) return;
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }};
 
-std::string dtype_name(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return "torch.float32";
-    case ScalarType::Double: return "torch.float64";
-    case ScalarType::Half: return "torch.float16";
-    case ScalarType::BFloat16: return "torch.bfloat16";
-    case ScalarType::Int: return "torch.int32";
-    case ScalarType::Long: return "torch.int64";
-    case ScalarType::Short: return "torch.int16";
-    case ScalarType::Char: return "torch.int8";
-    case ScalarType::Byte: return "torch.uint8";
-    case ScalarType::Bool: return "torch.bool";
-    default: return torch::headeronly::toString(type);
-  }
+const CpuKernels& kernels(const Checker& check, int64_t isa) {
+  const CpuKernels* found = isa >= 0 && isa < int64_t(Isa::kCount) ? cpu_kernels(Isa(isa)) : nullptr;
+  check(found != nullptr, "isa ", isa, " does not run on this processor");
+  return *found;
 }
-
-std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "[") << t.size(i);
-  text << (t.dim() ? "]" : "[]");
-  return text.str();
-}
-
-// An axis that a shape must have: its letter, and its size where that is known (-1: anything; -2: 1 or `size`).
-struct Axis {
-  const char* name;
-  int64_t size = -1;
-  bool or_one = false;
-};
-
-// Says what is wrong in the form "op: argument has value, expected ...".
-class Checker {
- public:
-  explicit Checker(const char* op) : op_(op) {}
-
-  template <class... Args>
-  void operator()(bool ok, const Args&... message) const {
-    if (ok) return;
-    std::ostringstream text;
-    text << op_ << ": ";
-    ((text << message), ...);
-    throw std::runtime_error(text.str());
-  }
-
-  void shape(const char* name, const Tensor& t, std::initializer_list<Axis> axes) const {
-    bool ok = t.dim() == int64_t(axes.size());
-    if (ok) {
-      int64_t i = 0;
-      for (const Axis& axis : axes) {
-        const int64_t size = t.size(i++);
-        ok &= axis.size < 0 || size == axis.size || (axis.or_one && size == 1);
-      }
-    }
-    if (ok) return;
-    std::ostringstream expected;
-    bool first = true;
-    for (const Axis& axis : axes) {
-      expected << (first ? "" : ", ");
-      first = false;
-      if (axis.size < 0) {
-        expected << axis.name;
-      } else {
-        if (axis.or_one && axis.size != 1) expected << "1 or ";
-        expected << axis.size;
-      }
-    }
-    (*this)(false, name, " has shape ", shape_of(t), ", expected [", expected.str(), "]");
-  }
-
-  void dtype(const char* name, const Tensor& t, ScalarType type) const {
-    (*this)(t.scalar_type() == type, name, " has dtype ", dtype_name(t.scalar_type()), ", expected ", dtype_name(type));
-  }
-
-  DType floating(const char* name, const Tensor& t) const {
-    switch (t.scalar_type()) {
-      case ScalarType::Float: return DType::kFloat32;
-      case ScalarType::Half: return DType::kFloat16;
-      case ScalarType::BFloat16: return DType::kBFloat16;
-      default:
-        (*this)(false, name, " has dtype ", dtype_name(t.scalar_type()),
-                ", expected torch.float32, torch.float16 or torch.bfloat16");
-        return DType::kFloat32;
-    }
-  }
-
-  void on_cpu(const char* name, const Tensor& t) const {
-    (*this)(t.is_cpu(), name, " is not on cpu, expected all tensors on one device");
-  }
-
-  // The last axis must be contiguous; of size 0 or 1 it always is.
-  void last_contiguous(const char* name, const Tensor& t) const {
-    const int64_t last = t.dim() - 1;
-    (*this)(t.size(last) <= 1 || t.stride(last) == 1, name, " has stride ", t.stride(last),
-            " along its last axis, expected 1");
-  }
-
-  // Small integer and fp32 side inputs: right type, here, dense along the last axis.
-  template <class T>
-  const T* side_input(const char* name, const OptionalTensor& t, ScalarType type,
-                      std::initializer_list<Axis> axes) const {
-    if (!t) return nullptr;
-    on_cpu(name, *t);
-    dtype(name, *t, type);
-    shape(name, *t, axes);
-    last_contiguous(name, *t);
-    static const T kNothing{};  // an empty tensor may have no address, and null means that it was not given
-    const void* data = t->const_data_ptr();
-    return data ? static_cast<const T*>(data) : &kNothing;
-  }
-
-  const CpuKernels& kernels(int64_t isa) const {
-    const CpuKernels* found = isa >= 0 && isa < int64_t(Isa::kCount) ? cpu_kernels(Isa(isa)) : nullptr;
-    (*this)(found != nullptr, "isa ", isa, " does not run on this processor");
-    return *found;
-  }
-
- private:
-  const char* op_;
-};
 
 std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
                                           const Tensor& prefix_lens, const Tensor& ancestors,
@@ -156,47 +38,10 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
                                           const OptionalTensor& depths, std::optional<int64_t> window,
                                           std::optional<double> softcap, const OptionalTensor& sinks,
                                           const OptionalTensor& alibi_slopes, int64_t isa) {
-  const Checker check("tree_attention");
-  TreeAttentionParams p;
-  check.on_cpu("query", query);
-  check.shape("query", query, {{"B"}, {"Hq"}, {"N"}, {"D"}});
-  p.dtype = check.floating("query", query);
-  check.last_contiguous("query", query);
-  p.batch = query.size(0), p.q_heads = query.size(1), p.num_queries = query.size(2), p.head_dim = query.size(3);
-
-  check.on_cpu("key_cache", key_cache);
-  check.shape("key_cache", key_cache, {{"B", p.batch}, {"Hk"}, {"S"}, {"D", p.head_dim}});
-  check.dtype("key_cache", key_cache, query.scalar_type());
-  check.last_contiguous("key_cache", key_cache);
-  p.kv_heads = key_cache.size(1);
-  const int64_t slots = key_cache.size(2);
-
-  check.on_cpu("value_cache", value_cache);
-  check.shape("value_cache", value_cache, {{"B", p.batch}, {"Hk", p.kv_heads}, {"S", slots}, {"Dv"}});
-  check.dtype("value_cache", value_cache, query.scalar_type());
-  check.last_contiguous("value_cache", value_cache);
-  p.value_dim = value_cache.size(3);
-
-  check(p.kv_heads > 0 && p.q_heads % p.kv_heads == 0, "query has ", p.q_heads,
-        " heads, expected a multiple of key_cache's ", p.kv_heads);
-  check(p.head_dim > 0, "query has head size ", p.head_dim, ", expected at least 1");
-
-  p.prefix_lens = check.side_input<int32_t>("prefix_lens", prefix_lens, ScalarType::Int, {{"B", p.batch}});
-  check.shape("ancestors", ancestors, {{"B", p.batch, true}, {"T"}, {"W"}});
-  p.tree_nodes = ancestors.size(1);
-  p.words = (p.tree_nodes + 63) / 64;
-  p.ancestors = check.side_input<int64_t>("ancestors", ancestors, ScalarType::Long,
-                                          {{"B", p.batch, true}, {"T", p.tree_nodes}, {"W", p.words}});
-  check(p.num_queries <= p.tree_nodes, "query has ", p.num_queries, " nodes, expected at most the tree's ",
-        p.tree_nodes);
-  p.num_nodes = check.side_input<int32_t>("num_nodes", num_nodes, ScalarType::Int, {{"B", p.batch}});
-  p.depths = check.side_input<int32_t>("depths", depths, ScalarType::Int, {{"B", p.batch, true}, {"T", p.tree_nodes}});
-  p.sinks = check.side_input<float>("sinks", sinks, ScalarType::Float, {{"Hq", p.q_heads}});
-  p.alibi_slopes = check.side_input<float>("alibi_slopes", alibi_slopes, ScalarType::Float, {{"Hq", p.q_heads}});
-  check(!window || *window >= 1, "window is ", window.value_or(0), ", expected an integer >= 1");
-  check(!softcap || *softcap > 0, "softcap is ", softcap.value_or(0), ", expected a number > 0");
-
-  const int64_t capacity = slots - p.tree_nodes;
+  const Checker check("tree_attention", query);
+  TreeAttentionParams p = tree_attention_params(check, query, key_cache, value_cache, prefix_lens, ancestors, num_nodes,
+                                                scale, depths, window, softcap, sinks, alibi_slopes);
+  const int64_t capacity = p.slots - p.tree_nodes;
   for (int64_t b = 0; b < p.batch; ++b) {
     check(p.prefix_lens[b] >= 0 && p.prefix_lens[b] <= capacity, "prefix_lens[", b, "] is ", p.prefix_lens[b],
           ", expected 0 <= length <= S - T = ", capacity);
@@ -204,34 +49,19 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
           p.num_nodes ? p.num_nodes[b] : 0, ", expected 0 <= count <= N = ", p.num_queries);
   }
 
-  for (int i = 0; i < 3; ++i) {
-    p.query_stride[i] = query.stride(i);
-    p.keys_stride[i] = key_cache.stride(i);
-    p.values_stride[i] = value_cache.stride(i);
-  }
-  p.ancestors_stride[0] = ancestors.size(0) == 1 ? 0 : ancestors.stride(0);
-  p.ancestors_stride[1] = ancestors.stride(1);
-  p.depths_stride = p.depths && depths->size(0) != 1 ? depths->stride(0) : 0;
-  p.scale = float(scale ? *scale : 1.0 / std::sqrt(double(p.head_dim)));
-  p.softcap = float(softcap.value_or(0));
-  p.window = window.value_or(0);
-  p.query = query.const_data_ptr();
-  p.keys = key_cache.const_data_ptr();
-  p.values = value_cache.const_data_ptr();
-
   Tensor out = torch::stable::new_empty(query, {p.batch, p.q_heads, p.num_queries, p.value_dim});
   Tensor lse = torch::stable::new_empty(query, {p.batch, p.q_heads, p.num_queries}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  check.kernels(isa).tree_attention(p, kTorchPool);
+  kernels(check, isa).tree_attention(p, kTorchPool);
   return {out, lse};
 }
 
 void commit_(const std::vector<Tensor>& caches, const Tensor& prefix_lens, const Tensor& sources,
              const OptionalTensor& num_moves, int64_t advance, const OptionalTensor& row_advance, int64_t /*isa*/) {
-  const Checker check("commit_");
+  const Checker check("commit_", prefix_lens);
   CommitParams p;
-  check.on_cpu("prefix_lens", prefix_lens);
+  check.device("prefix_lens", prefix_lens);
   check.shape("prefix_lens", prefix_lens, {{"B"}});
   check.dtype("prefix_lens", prefix_lens, ScalarType::Int);
   check.last_contiguous("prefix_lens", prefix_lens);
@@ -250,7 +80,7 @@ void commit_(const std::vector<Tensor>& caches, const Tensor& prefix_lens, const
   for (size_t c = 0; c < caches.size(); ++c) {
     const Tensor& cache = caches[c];
     const std::string name = "caches[" + std::to_string(c) + "]";
-    check.on_cpu(name.c_str(), cache);
+    check.device(name.c_str(), cache);
     check.shape(name.c_str(), cache, {{"B", p.batch}, {"H"}, {"S"}, {"D"}});
     check.last_contiguous(name.c_str(), cache);
     for (int64_t d = 0; d < 4; ++d)
@@ -304,7 +134,7 @@ std::tuple<Tensor, Tensor> draw_children(const Checker& check, const Tensor& log
                                          const OptionalTensor& row_filters, const OptionalTensor& row_index,
                                          int64_t isa) {
   SampleChildrenParams p;
-  check.on_cpu("logits", logits);
+  check.device("logits", logits);
   check.shape("logits", logits, {{"R"}, {"V"}});
   p.dtype = check.floating("logits", logits);
   check.last_contiguous("logits", logits);
@@ -346,7 +176,7 @@ std::tuple<Tensor, Tensor> draw_children(const Checker& check, const Tensor& log
   p.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
   p.log_probs = static_cast<float*>(log_probs.mutable_data_ptr());
   p.status = status.data();
-  check.kernels(isa).sample_children(p, kTorchPool);
+  kernels(check, isa).sample_children(p, kTorchPool);
   for (int64_t r = 0; r < p.logit_rows; ++r) {
     check(status[r] != SampleChildrenParams::kNaN, "logits row ", r, " holds NaN, expected finite numbers or -inf");
     check(status[r] != SampleChildrenParams::kInfinite, "logits row ", r,
@@ -360,14 +190,14 @@ std::tuple<Tensor, Tensor> draw_children(const Checker& check, const Tensor& log
 std::tuple<Tensor, Tensor> sample_children(const Tensor& logits, const Tensor& uniforms, double temperature,
                                            int64_t top_k, double top_p, double min_p, const OptionalTensor& row_filters,
                                            const OptionalTensor& row_index, int64_t isa) {
-  return draw_children(Checker("sample_children"), logits, uniforms, 0, temperature, top_k, top_p, min_p, row_filters,
-                       row_index, isa);
+  return draw_children(Checker("sample_children", logits), logits, uniforms, 0, temperature, top_k, top_p, min_p,
+                       row_filters, row_index, isa);
 }
 
 std::tuple<Tensor, Tensor> top_children(const Tensor& logits, int64_t width, double temperature, int64_t top_k,
                                         double top_p, double min_p, const OptionalTensor& row_filters,
                                         const OptionalTensor& row_index, int64_t isa) {
-  return draw_children(Checker("top_children"), logits, std::nullopt, width, temperature, top_k, top_p, min_p,
+  return draw_children(Checker("top_children", logits), logits, std::nullopt, width, temperature, top_k, top_p, min_p,
                        row_filters, row_index, isa);
 }
 
@@ -375,14 +205,14 @@ std::tuple<Tensor, Tensor> route(const Tensor& hidden, const Tensor& weights, in
                                  int64_t num_heads, int64_t ffn_dim, bool mlp_score, bool independent, bool input_norm,
                                  double temperature, const OptionalTensor& uniforms, const OptionalTensor& valid,
                                  const OptionalTensor& active, int64_t isa) {
-  const Checker check("route");
+  const Checker check("route", hidden);
   check(width >= 1, "width is ", width, ", expected an integer >= 1");
   check(depth >= 1, "depth is ", depth, ", expected an integer >= 1");
   int64_t nodes = 0, layer = 1;
   for (int64_t l = 0; l < depth; ++l) nodes += layer *= width;
 
   RouteParams p;
-  check.on_cpu("hidden", hidden);
+  check.device("hidden", hidden);
   check.shape("hidden", hidden, {{"B"}, {"T", nodes}, {"D"}});
   p.dtype = check.floating("hidden", hidden);
   check.last_contiguous("hidden", hidden);
@@ -427,28 +257,28 @@ std::tuple<Tensor, Tensor> route(const Tensor& hidden, const Tensor& weights, in
   p.choice = static_cast<int64_t*>(choice.mutable_data_ptr());
   std::vector<char> finite(p.batch, true);
   p.finite = reinterpret_cast<bool*>(finite.data());
-  check.kernels(isa).route(p, kTorchPool);
+  kernels(check, isa).route(p, kTorchPool);
   for (int64_t b = 0; b < p.batch; ++b)
     check(finite[b], "hidden row ", b, " has a score that is not finite, expected finite hidden states and weights");
   return {log_probs, choice};
 }
 
 Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, int64_t isa) {
-  const Checker check("linear");
+  const Checker check("linear", weight);
   LinearParams p;
-  check.on_cpu("weight", weight);
+  check.device("weight", weight);
   check.shape("weight", weight, {{"O"}, {"I"}});
   p.dtype = check.floating("weight", weight);
   check.last_contiguous("weight", weight);
   p.outputs = weight.size(0), p.inputs = weight.size(1), p.weight_stride = weight.stride(0);
-  check.on_cpu("input", input);
+  check.device("input", input);
   check.dtype("input", input, weight.scalar_type());
   const int64_t dims = input.dim();
   check(dims >= 1 && input.size(dims - 1) == p.inputs, "input has shape ", shape_of(input), ", expected [..., ",
         p.inputs, "]");
   check.last_contiguous("input", input);
   if (bias) {
-    check.on_cpu("bias", *bias);
+    check.device("bias", *bias);
     check.dtype("bias", *bias, weight.scalar_type());
     check.shape("bias", *bias, {{"O", p.outputs}});
     check.last_contiguous("bias", *bias);
@@ -470,7 +300,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& b
   p.weight = weight.const_data_ptr();
   p.bias = bias ? bias->const_data_ptr() : nullptr;
   p.out = out.mutable_data_ptr();
-  check.kernels(isa).linear(p, kTorchPool);
+  kernels(check, isa).linear(p, kTorchPool);
   return out;
 }
 

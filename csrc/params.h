@@ -33,7 +33,7 @@ struct TreeAttentionParams {
   void* out;                                                  // [batch, q_heads, num_queries, value_dim], dense
   float* lse;                                                 // [batch, q_heads, num_queries], dense
   int64_t query_stride[3], keys_stride[3], values_stride[3];  // batch, head, query or slot
-  int64_t batch, q_heads, kv_heads, num_queries, tree_nodes, head_dim, value_dim;
+  int64_t batch, q_heads, kv_heads, num_queries, tree_nodes, slots, head_dim, value_dim;
   const int32_t* prefix_lens;   // [batch]
   const int64_t* ancestors;     // [batch, tree_nodes, words]
   int64_t ancestors_stride[2];  // batch (0 if all rows share a tree), node
