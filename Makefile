@@ -24,17 +24,18 @@ lint: $(VENV)/.lint  ## ruff, mypy and clang-format.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files '*.cpp' '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files '*.cpp' '*.cu' '*.cuh' '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/.lint  ## Put all sources into shape.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files '*.cpp' '*.h' | xargs $(BIN)/clang-format -i
+	git ls-files '*.cpp' '*.cu' '*.cuh' '*.h' | xargs $(BIN)/clang-format -i
 
 # The kernels are built again with the sanitizers' checks; their runtimes have to be in the process from the start.
 SANITIZED = LBR_KERNELS_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)"
-KERNEL_TESTS = $(addprefix tests/test_,tree_attention.py commit.py sample_children.py route.py linear.py bad_input.py)
+KERNEL_TESTS = $(addprefix tests/test_,tree_attention.py tree_attention_cuda.py simt.py commit.py sample_children.py \
+	route.py linear.py bad_input.py)
 
 test-sanitize: $(VENV)/.test  ## The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, 1, 2, 4 threads.
 	set -e; for threads in 1 2 4; do OMP_NUM_THREADS=$$threads $(SANITIZED) $(BIN)/pytest -q --capture=sys $(KERNEL_TESTS); done

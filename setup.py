@@ -1,4 +1,6 @@
-"""Compiles the C++ kernels at install time where torch can be imported; everything else is in pyproject.toml.
+"""Compiles the kernels at install time where torch can be imported; everything else is in pyproject.toml.
+
+The CUDA kernels are compiled where torch is built for CUDA and nvcc is found, the CPU's always.
 
 An isolated build sees no torch: the wheel is then pure Python, and the kernels are compiled at their first use. The
 same happens where there is no compiler, or compiling fails: an install never does. ``LBR_KERNELS_FORCE_BUILD=1`` turns
@@ -30,7 +32,7 @@ def build_arguments() -> dict[str, Any]:
     extension = extension_module()
     forced = extension.build_is_forced()
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
         if forced:
             raise RuntimeError(
@@ -53,16 +55,22 @@ def build_arguments() -> dict[str, Any]:
                 print(f"lbr_kernels: not compiled now ({error}); they will be at first use", file=sys.stderr)
 
     root = Path(__file__).parent.resolve()
-    kernels = CppExtension(
-        f"lbr_kernels.{extension.extension_name()}",
-        [str(path.relative_to(root)) for path in extension.sources()],
-        extra_compile_args={"cxx": extension.cxx_flags()},
-        extra_link_args=extension.link_flags(),
-        py_limited_api=True,
-        optional=not forced,
-    )
+
+    def compiled(make: Any, library: Any) -> Any:
+        return make(
+            f"lbr_kernels.{library.name()}",
+            [str(path.relative_to(root)) for path in library.sources()],
+            extra_compile_args={"cxx": library.cxx_flags(), "nvcc": library.nvcc_flags()},
+            extra_link_args=extension.link_flags(),
+            py_limited_api=True,
+            optional=not forced,
+        )
+
+    modules = [compiled(CppExtension, extension.CPU)]
+    if extension.missing_cuda_compiler() is None:
+        modules.append(compiled(CUDAExtension, extension.CUDA))
     return {
-        "ext_modules": [kernels],
+        "ext_modules": modules,
         "cmdclass": {"build_ext": OptionalBuild},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

@@ -202,8 +202,8 @@ def info() -> None:
         devices.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
     console.print(devices, highlight=False)
 
-    reason = _extension.load()
-    console.print(Text(f"compiled kernels: {reason or _extension.library_path()}"), soft_wrap=True)
+    reason = _extension.CPU.load()
+    console.print(Text(f"compiled kernels: {reason or _extension.CPU.library_path()}"), soft_wrap=True)
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for kind in kinds:
         table = Table(title=f"ops on {kind}", title_justify="left")
@@ -231,6 +231,6 @@ def _processor() -> str:
 @app.command()
 def build() -> None:
     """Compile the C++ kernels now instead of at their first use."""
-    if (reason := _extension.load()) is not None:
+    if (reason := _extension.CPU.load()) is not None:
         raise fail(reason)
-    console.print(Text(f"compiled kernels: {_extension.library_path()}"), soft_wrap=True)
+    console.print(Text(f"compiled kernels: {_extension.CPU.library_path()}"), soft_wrap=True)

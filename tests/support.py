@@ -3,17 +3,57 @@
 from __future__ import annotations
 
 import pytest
+import simt_backend
 import torch
 from torch import Tensor
 
 from lbr_kernels import ops
+from lbr_kernels.ops._backends import BACKENDS as ALL_BACKENDS
+from lbr_kernels.ops._backends import HALF
 
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
-    for name, reason in ops.backends("cpu")["tree_attention"].items()
-]
+ON_GPU = ("cuda", "triton")  # backends that are tested on a GPU where there is one
+
+
+def device_of(backend: str | None) -> torch.device:
+    """Where tensors for ``backend`` have to be. Without a GPU, Triton's kernels run in its interpreter."""
+    return torch.device("cuda" if backend in ON_GPU and torch.cuda.is_available() else "cpu")
+
+
+def backends_of(op: str) -> list:
+    """The backends that have ``op``, as parameters; those that do not run here are skipped, saying why.
+
+    Without a GPU ``"cuda-simt"`` stands for ``"cuda"``.
+    """
+    params = []
+    for name, backend in ALL_BACKENDS.items():
+        if (backend.ops is None or op in backend.ops) and (name != "cuda" or torch.cuda.is_available()):
+            reason = ops.backends(device_of(name))[op][name]
+            params.append(pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")))
+    return params
+
+
+BACKENDS = backends_of("linear")  # for the CPU
 KERNELS = [param for param in BACKENDS if param.values[0] not in ("reference", "cpu")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def dtypes_of(backend: str) -> list[torch.dtype]:
+    """What ``backend`` computes in, but for fp64."""
+    return list(HALF) if backend in ("cuda", simt_backend.NAME) else DTYPES
+
+
+def to_device(value: object, device: torch.device) -> object:
+    """Tensors go to ``device``, strides and all; everything else stays."""
+    if not isinstance(value, Tensor) or value.device == device:
+        return value
+    moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+    return moved.copy_(value)
+
+
+def assert_close(actual: Tensor, want: Tensor) -> None:
+    """For single results of about 1, in the place of an error budget."""
+    tolerance = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[actual.dtype]
+    torch.testing.assert_close(actual.double(), want.double(), rtol=0, atol=tolerance)
 
 
 def assert_within_budget(actual: Tensor, oracle: Tensor, plain: Tensor, what: str = "", *, roundings: int = 2) -> None:

@@ -301,7 +301,10 @@ def test_backends_by_name_do_not_fall_back(name):
     op, arguments = {"tree_attention": attention, "commit_": commit, "sample_children": sample, "route": routing}[
         name
     ]()
-    with pytest.raises(RuntimeError, match=f"{name}: backend 'cuda' cannot run: there is no such backend, known are"):
+    with pytest.raises(RuntimeError, match=f"{name}: backend 'gpu' cannot run: there is no such backend, known are"):
+        op(**arguments, backend="gpu")
+    missing = "it takes tensors on cuda, got cpu" if name == "tree_attention" else f"it has no {name}"
+    with pytest.raises(RuntimeError, match=f"{name}: backend 'cuda' cannot run: {missing}; the nearest accepted"):
         op(**arguments, backend="cuda")
     meta = {
         key: [t.to("meta") for t in value] if isinstance(value, list) else value.to("meta")

@@ -71,7 +71,7 @@ def test_wheel_without_isolation_is_compiled(tmp_path):
     assert done.returncode == 0, done.stderr
     name, files = contents(tmp_path)
     assert "-cp310-abi3-" in name
-    assert [file for file in files if file.startswith(f"lbr_kernels/{_extension.extension_name()}")]
+    assert [file for file in files if file.startswith(f"lbr_kernels/{_extension.CPU.name()}")]
     site = tmp_path / "site"
     zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(site)
     used = run_python(USE, tmp_path / "cache", PYTHONPATH=str(site), CXX="no-such-compiler")
@@ -126,10 +126,10 @@ def test_a_killed_build_is_taken_up_again(tmp_path):
     import torch
 
     cache = tmp_path / "cache"
-    directory = cache / f"lbr_kernels-torch{torch.__version__}" / _extension.extension_name()
+    directory = cache / f"lbr_kernels-torch{torch.__version__}" / _extension.CPU.name()
     directory.mkdir(parents=True)
     (directory / "lock").touch()
-    (directory / f"{_extension.extension_name()}.so").write_bytes(b"half a library")
+    (directory / f"{_extension.CPU.name()}.so").write_bytes(b"half a library")
     used = run_python(USE, cache)
     assert "cpu None" in used.stdout, used.stderr
 
@@ -168,7 +168,7 @@ def test_nothing_is_shared_between_instruction_sets(tmp_path):
     for isa in ("portable", "avx2", "avx512", "avx512_bf16"):
         source = _extension.source_dir() / "cpu" / f"isa_{isa}.cpp"
         target = tmp_path / f"{isa}.o"
-        subprocess.run([compiler, *_extension.cxx_flags(), "-O1", "-fPIC", "-c", source, "-o", target], check=True)
+        subprocess.run([compiler, *_extension.CPU.cxx_flags(), "-O1", "-fPIC", "-c", source, "-o", target], check=True)
         listing = subprocess.run(["nm", "-C", target], check=True, capture_output=True, text=True).stdout
         weak = [line for line in listing.splitlines() if line[17:18] in "WVu" and "DW.ref" not in line]
         assert weak

@@ -8,10 +8,37 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import BACKENDS, DTYPES, KERNELS, assert_within_budget, pack_mask, poison_, random_trees
+from support import (
+    ON_GPU,
+    assert_close,
+    assert_within_budget,
+    backends_of,
+    device_of,
+    dtypes_of,
+    pack_mask,
+    poison_,
+    random_trees,
+    to_device,
+)
 from torch import Tensor
 
 from lbr_kernels import ops
+
+BACKENDS = backends_of("tree_attention")
+KERNELS = [param for param in BACKENDS if param.values[0] not in ("reference", "cpu")]
+CPU_KERNELS = [param for param in KERNELS if param.values[0] not in (*ON_GPU, "cuda-simt")]
+BACKENDS_AND_DTYPES = [
+    pytest.param(*param.values, dtype, marks=param.marks) for param in BACKENDS for dtype in dtypes_of(param.values[0])
+]
+
+
+def attend(*args, backend, **kwargs):
+    """``ops.tree_attention`` on the backend's device, with tensors that come from the CPU and go back there."""
+    device = device_of(backend)
+    args = [to_device(value, device) for value in args]
+    kwargs = {name: to_device(value, device) for name, value in kwargs.items()}
+    out = ops.tree_attention(*args, **kwargs, backend=backend)
+    return tuple(part.cpu() for part in out) if isinstance(out, tuple) else out.cpu()
 
 
 def problem(
@@ -36,6 +63,11 @@ def problem(
         "prefix_lens": lens.to(torch.int32),
         "ancestors": pack_mask(sees),
     }
+
+
+def problem_for(backend: str, **shape) -> dict[str, Tensor]:
+    """A problem in the widest type that the backend takes."""
+    return problem(dtype=dtypes_of(backend)[0], **shape)
 
 
 def unrolled(p: dict[str, Tensor], b: int, n: int, *, window=None, softcap=None, sinks=None, slopes=None) -> Tensor:
@@ -86,13 +118,13 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_unrolled_paths(backend, variant):
     """Every node's result is plain attention over its own path; NaN in dead slots is never read."""
-    p, extras = problem(B=3, T=9, N=6), VARIANTS[variant]
-    out = ops.tree_attention(**p, **extras, backend=backend)
+    p, extras = problem_for(backend, B=3, T=9, N=6), VARIANTS[variant]
+    out = attend(**p, **extras, backend=backend)
     for b in range(3):
         for n in range(6):
             names = {"alibi_slopes": "slopes"}
             want = unrolled(p, b, n, **{names.get(k, k): v for k, v in extras.items()})
-            torch.testing.assert_close(out[b, :, n].double(), want, rtol=0, atol=3e-6)
+            assert_close(out[b, :, n], want)
 
 
 def plain_attention(p: dict[str, Tensor], extras: dict) -> Tensor:
@@ -128,12 +160,11 @@ def plain_attention(p: dict[str, Tensor], extras: dict) -> Tensor:
     return scores.softmax(-1) @ value
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_error_budget(backend, dtype, variant):
     p, extras = problem(dtype=dtype, T=12, N=9, longest=300, D=64, Dv=64), VARIANTS[variant]
-    out, lse = ops.tree_attention(**p, **extras, return_lse=True, backend=backend)
+    out, lse = attend(**p, **extras, return_lse=True, backend=backend)
     wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in p.items()}
     want, want_lse = ops.tree_attention(**wide, **extras, return_lse=True, backend="reference")
     assert out.dtype == dtype
@@ -154,7 +185,8 @@ def test_any_shape(backend, data):
         B=draw(st.integers(1, 4)), Hk=draw(st.sampled_from([1, 2, 3])), group=group, T=T,
         N=draw(st.integers(1, min(T, 40))), D=8 * draw(st.integers(2, 16)), Dv=8 * draw(st.integers(2, 16)),
         longest=draw(st.sampled_from([0, 1, 63, 64, 65, 255, 256, 257, 700])),
-        dtype=draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 999)), shared_tree=draw(st.booleans()),
+        dtype=draw(st.sampled_from(dtypes_of(backend))), seed=draw(st.integers(0, 999)),
+        shared_tree=draw(st.booleans()),
     )  # fmt: skip
     Hq = p["query"].shape[1]
     extras = draw(
@@ -164,7 +196,7 @@ def test_any_shape(backend, data):
             "sinks": st.just(torch.linspace(-2, 2, Hq)), "alibi_slopes": st.just(torch.linspace(0.01, 0.2, Hq)),
         })
     )  # fmt: skip
-    out, lse = ops.tree_attention(**p, **extras, return_lse=True, backend=backend)
+    out, lse = attend(**p, **extras, return_lse=True, backend=backend)
     wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in p.items()}
     want, want_lse = ops.tree_attention(**wide, **extras, return_lse=True, backend="reference")
     plain = ops.tree_attention(**p, **extras, backend="reference")
@@ -175,37 +207,37 @@ def test_any_shape(backend, data):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("head_dim", range(16, 257, 8))
 def test_head_sizes(backend, head_dim):
-    p = problem(D=head_dim, Dv=272 - head_dim, longest=40)
-    out = ops.tree_attention(**p, backend=backend)
-    torch.testing.assert_close(out[1, :, 3].double(), unrolled(p, 1, 3), rtol=0, atol=3e-6)
+    p = problem_for(backend, D=head_dim, Dv=272 - head_dim, longest=40)
+    out = attend(**p, backend=backend)
+    assert_close(out[1, :, 3], unrolled(p, 1, 3))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("group", range(1, 17))
 def test_any_group(backend, group):
     """GQA 1 to 16, with 39 nodes: the ratios and sizes that packed kernels tend to leave out."""
-    p = problem(group=group, T=39, N=39, longest=90)
-    out = ops.tree_attention(**p, backend=backend)
+    p = problem_for(backend, group=group, T=39, N=39, longest=90)
+    out = attend(**p, backend=backend)
     for n in (0, 38):
-        torch.testing.assert_close(out[0, :, n].double(), unrolled(p, 0, n), rtol=0, atol=3e-6)
+        assert_close(out[0, :, n], unrolled(p, 0, n))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_output_names_the_visible_nodes(backend):
     """With zero queries and keys, and node j worth 2^j, the output times the number of visible nodes is the mask."""
-    g = torch.Generator().manual_seed(3)
-    _, sees = random_trees(2, 20, g)
-    value = torch.full((2, 1, 40, 1), torch.nan)
+    dtype = dtypes_of(backend)[0]
+    T = 20 if dtype == torch.float32 else 9
+    _, sees = random_trees(2, T, torch.Generator().manual_seed(3))
+    value = torch.full((2, 1, 40, 8), torch.nan, dtype=dtype)
     lens = torch.tensor([0, 11], dtype=torch.int32)
     for b, length in enumerate(lens.tolist()):
         value[b, :, :length] = 0
-        value[b, 0, length : length + 20, 0] = 2.0 ** torch.arange(20)
-    out = ops.tree_attention(
-        torch.zeros(2, 1, 20, 8), torch.zeros(2, 1, 40, 8), value, lens, pack_mask(sees), backend=backend
-    )
+        value[b, 0, length : length + T] = (2.0 ** torch.arange(T))[:, None]
+    zeros = torch.zeros(2, 1, 40, 8, dtype=dtype)
+    out = attend(zeros[:, :, :T], zeros, value, lens, pack_mask(sees), backend=backend)
     count = sees.sum(-1) + lens[:, None]
-    named = (out[:, 0, :, 0] * count).round().long()
-    torch.testing.assert_close(named, (sees.long() << torch.arange(20)).sum(-1))
+    named = (out[:, 0].float() * count[..., None]).round().long()
+    assert (named == (sees.long() << torch.arange(T)).sum(-1)[..., None]).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -214,32 +246,32 @@ def test_last_bit_of_a_word(backend):
     for T in (64, 65, 128):
         sees = torch.zeros(1, T, T, dtype=torch.bool)
         sees[0, :, T - 1] = True
-        key, value = torch.randn(1, 1, T, 8), torch.randn(1, 1, T, 8)
+        query, key, value = (torch.randn(1, h, T, 8, dtype=dtypes_of(backend)[0]) for h in (2, 1, 1))
         key[:, :, :-1] = value[:, :, :-1] = torch.nan
         lens = torch.zeros(1, dtype=torch.int32)
-        out = ops.tree_attention(torch.randn(1, 2, T, 8), key, value, lens, pack_mask(sees), backend=backend)
+        out = attend(query, key, value, lens, pack_mask(sees), backend=backend)
         torch.testing.assert_close(out, value[:, :, -1:].expand(1, 2, T, 8))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bits_beyond_the_tree_are_ignored(backend):
-    p = problem(T=5, N=5)
-    want = ops.tree_attention(**p, window=6, backend=backend)
+    p = problem_for(backend, T=5, N=5)
+    want = attend(**p, window=6, backend=backend)
     p["ancestors"] = p["ancestors"] | (-1 << 5)
-    assert torch.equal(ops.tree_attention(**p, window=6, backend=backend), want)
+    assert torch.equal(attend(**p, window=6, backend=backend), want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_num_nodes(backend):
     """Queries past a row's count return zero, and what only they see is not read."""
-    p = problem(B=3, T=8, N=4)
+    p = problem_for(backend, B=3, T=8, N=4)
     counts = torch.tensor([4, 0, 2], dtype=torch.int32)
-    full = ops.tree_attention(**p, backend=backend)
+    full = attend(**p, backend=backend)
     for b, count in enumerate(counts.tolist()):
         words = p["ancestors"][b, 4 : 4 + count, 0].tolist()
         seen = torch.tensor([any(word >> j & 1 for word in words) for j in range(8)])
         poison_(p["key_cache"][b : b + 1], p["prefix_lens"][b : b + 1] * bool(count), seen[None])
-    out, lse = ops.tree_attention(**p, num_nodes=counts, return_lse=True, backend=backend)
+    out, lse = attend(**p, num_nodes=counts, return_lse=True, backend=backend)
     for b, count in enumerate(counts.tolist()):
         assert torch.equal(out[b, :, :count], full[b, :, :count])
         assert (out[b, :, count:] == 0).all()
@@ -248,13 +280,13 @@ def test_num_nodes(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_query_that_sees_nothing(backend):
-    p = problem(B=1, T=2, N=2, longest=0)
+    p = problem_for(backend, B=1, T=2, N=2, longest=0)
     p["ancestors"] = torch.zeros_like(p["ancestors"])
-    out, lse = ops.tree_attention(**p, return_lse=True, backend=backend)
+    out, lse = attend(**p, return_lse=True, backend=backend)
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
     sinks = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    out, lse = ops.tree_attention(**p, sinks=sinks, return_lse=True, backend=backend)
+    out, lse = attend(**p, sinks=sinks, return_lse=True, backend=backend)
     assert (out == 0).all()
     torch.testing.assert_close(lse[0, :, 0], sinks)
 
@@ -262,12 +294,12 @@ def test_a_query_that_sees_nothing(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_depths_override_the_mask(backend):
     """Given depths move a node's position, and with it the window."""
-    p = problem(B=2, T=6, N=6)
+    p = problem_for(backend, B=2, T=6, N=6)
     by_mask = pack_depths(p["ancestors"])
-    out = ops.tree_attention(**p, window=4, depths=by_mask, backend=backend)
-    assert torch.equal(out, ops.tree_attention(**p, window=4, backend=backend))
-    deeper = ops.tree_attention(**p, window=4, depths=by_mask + 2, backend=backend)
-    assert torch.equal(deeper[1], ops.tree_attention(**p, window=4, depths=by_mask + 2, backend=backend)[1])
+    out = attend(**p, window=4, depths=by_mask, backend=backend)
+    assert torch.equal(out, attend(**p, window=4, backend=backend))
+    deeper = attend(**p, window=4, depths=by_mask + 2, backend=backend)
+    assert torch.equal(deeper[1], attend(**p, window=4, depths=by_mask + 2, backend=backend)[1])
     assert not torch.equal(out, deeper)
 
 
@@ -282,42 +314,42 @@ def pack_depths(ancestors: Tensor) -> Tensor:
 @pytest.mark.parametrize("longest", [0, 1, 2, 129])
 def test_any_scale(backend, scale, longest):
     """Zero and negative too; with rows that fill vectors halfway, and odd numbers of keys."""
-    p = problem(B=1, Hk=1, group=4, T=5, N=5, longest=longest)
-    out = ops.tree_attention(**p, scale=scale, backend=backend)
+    p = problem_for(backend, B=1, Hk=1, group=4, T=5, N=5, longest=longest)
+    out = attend(**p, scale=scale, backend=backend)
     wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in p.items()}
     want = ops.tree_attention(**wide, scale=scale, backend="reference")
-    torch.testing.assert_close(out.double(), want, rtol=0, atol=3e-6)
+    assert_close(out, want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_views(backend):
     """Queries as models make them, caches as slices of an arena: nothing needs to be dense but the last axis."""
-    p = problem(B=2)
-    want = ops.tree_attention(**p, backend=backend)
+    p = problem_for(backend, B=2)
+    want = attend(**p, backend=backend)
     p["query"] = p["query"].transpose(1, 2).contiguous().transpose(1, 2)
     for name in ("key_cache", "value_cache"):
-        arena = torch.full((4, 5, 2 * p[name].shape[2], 24), torch.nan)
-        view = arena[1:3, 2:4, ::2, 3:19]
+        arena = torch.full((4, 5, 2 * p[name].shape[2], 32), torch.nan, dtype=p[name].dtype)
+        view = arena[1:3, 2:4, ::2, 8:24] if backend in ("cuda", "cuda-simt") else arena[1:3, 2:4, ::2, 3:19]
         view.copy_(p[name])
         p[name] = view
     p["prefix_lens"] = torch.stack([p["prefix_lens"], p["prefix_lens"]], 1)[:, 0].clone()
     p["ancestors"] = torch.stack([p["ancestors"], p["ancestors"] * 0], 1)[:, 0]
-    assert torch.equal(ops.tree_attention(**p, backend=backend), want)
+    assert torch.equal(attend(**p, backend=backend), want)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", CPU_KERNELS)
 def test_a_row_does_not_depend_on_its_batch(backend):
     """Bit for bit the same alone, in a batch, and with one, two or four threads."""
-    p = problem(B=4, longest=900, group=7, D=64, Dv=64, T=20, N=13)
+    p = problem_for(backend, B=4, longest=900, group=7, D=64, Dv=64, T=20, N=13)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 4):
             torch.set_num_threads(count)
-            results.append(ops.tree_attention(**p, backend=backend))
+            results.append(attend(**p, backend=backend))
             for b in range(4):
                 row = {name: tensor[b : b + 1] for name, tensor in p.items()}
-                assert torch.equal(ops.tree_attention(**row, backend=backend), results[-1][b : b + 1])
+                assert torch.equal(attend(**row, backend=backend), results[-1][b : b + 1])
         assert all(torch.equal(result, results[0]) for result in results)
     finally:
         torch.set_num_threads(threads)
@@ -325,11 +357,11 @@ def test_a_row_does_not_depend_on_its_batch(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch_and_no_queries(backend):
-    p = problem(B=2)
+    p = problem_for(backend, B=2)
     none = {name: tensor[:0] for name, tensor in p.items()}
-    assert ops.tree_attention(**none, backend=backend).shape == (0, 4, 5, 16)
+    assert attend(**none, backend=backend).shape == (0, 4, 5, 16)
     p["query"] = p["query"][:, :, :0]
-    assert ops.tree_attention(**p, backend=backend).shape == (2, 4, 0, 16)
+    assert attend(**p, backend=backend).shape == (2, 4, 0, 16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -337,12 +369,12 @@ def test_empty_batch_and_no_queries(backend):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_nan_that_is_seen_is_passed_on(backend, place, softcap):
     """A NaN in a visible key makes the output and its log-sum-exp NaN, wherever it stands, and in no other head."""
-    p = problem(B=1, Hk=2, T=4, N=4, spare=0)
+    p = problem_for(backend, B=1, Hk=2, T=4, N=4, spare=0)
     p["ancestors"][:] = 15
     p["key_cache"] = p["key_cache"].nan_to_num(0.5)
     p["value_cache"] = p["value_cache"].nan_to_num(0.5)
     p["key_cache"][0, 0, place, 3] = torch.nan
-    out, lse = ops.tree_attention(**p, softcap=softcap, return_lse=True, backend=backend)
+    out, lse = attend(**p, softcap=softcap, return_lse=True, backend=backend)
     assert out[:, :2].isnan().all()
     assert lse[:, :2].isnan().all()
     assert out[:, 2:].isfinite().all()
@@ -351,7 +383,7 @@ def test_nan_that_is_seen_is_passed_on(backend, place, softcap):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_tree(backend):
-    p = problem(T=3, N=0)
-    assert ops.tree_attention(**p, backend=backend).shape == (2, 4, 0, 16)
+    p = problem_for(backend, T=3, N=0)
+    assert attend(**p, backend=backend).shape == (2, 4, 0, 16)
     p = {**p, "ancestors": torch.empty(1, 0, 0, dtype=torch.int64)}
-    assert ops.tree_attention(**p, backend=backend).shape == (2, 4, 0, 16)
+    assert attend(**p, backend=backend).shape == (2, 4, 0, 16)

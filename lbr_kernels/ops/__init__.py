@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from lbr_kernels.ops._registry import BACKENDS, OPS, unavailable
+from lbr_kernels.ops._backends import BACKENDS, unavailable
+from lbr_kernels.ops._flags import raise_if_flagged
+from lbr_kernels.ops._registry import OPS
 from lbr_kernels.ops.commit import commit_, commit_ref_
 from lbr_kernels.ops.draws import keyed_uniforms
 from lbr_kernels.ops.linear import linear, linear_ref
@@ -24,6 +26,7 @@ __all__ = [
     "keyed_uniforms",
     "linear",
     "linear_ref",
+    "raise_if_flagged",
     "route",
     "route_ref",
     "sample_children",
@@ -40,4 +43,4 @@ def backends(device: str | torch.device = "cpu") -> dict[str, dict[str, str | No
 
     Where an argument requires a gradient, only the reference runs.
     """
-    return {op: {name: unavailable(name, torch.device(device)) for name in BACKENDS} for op in OPS}
+    return {op: {name: unavailable(name, op, torch.device(device)) for name in BACKENDS} for op in OPS}

@@ -2,18 +2,18 @@
 
 Contract
 --------
-The extension is named after a hash of its sources and flags. :func:`load` takes the installed one of that name if there
-is one, else builds it with the C++ compiler into torch's extension cache (``TORCH_EXTENSIONS_DIR``), one folder per
-torch version, under a lock that ends with the process that holds it. A build never fails an import or a call: where it
-cannot be done, the reason is kept, a warning says so once, and the reference runs.
+There are two libraries, :data:`CPU` and :data:`CUDA`, each named after a hash of its sources and flags.
+:meth:`Extension.load` takes the installed one of that name if there is one, else builds it into torch's extension cache
+(``TORCH_EXTENSIONS_DIR``), one folder per torch version, under a lock that ends with the process that holds it. A build
+never fails an import or a call: where it cannot be done, the reason is kept, a warning says so once, and the reference
+runs.
 
 ``setup.py`` reads the sources and flags from here, so this file imports nothing of the package, and torch only inside
-functions.
+functions. ``MAX_JOBS``, ``CXX``, ``CUDA_HOME`` and ``TORCH_CUDA_ARCH_LIST`` mean what they mean to torch.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import shutil
@@ -21,48 +21,22 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_SOURCES = (
-    "bindings.cpp",
-    "cpu/commit.cpp",
-    "cpu/isa_avx2.cpp",
-    "cpu/isa_avx512.cpp",
-    "cpu/isa_avx512_bf16.cpp",
-    "cpu/isa_portable.cpp",
-    "cpu/kernels.cpp",
-)
-# No contraction: which operations are fused is written in the source (csrc/cpu/simd.h). The last macro is the oldest
-# torch whose stable ABI the binary must run on: 2.10.
-CXX_FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fvisibility=hidden",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
-)
+# The last macro is the oldest torch whose stable ABI the binary must run on: 2.10.
+_COMMON_FLAGS = ("-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+# No contraction: which operations are fused is written in the source (csrc/cpu/simd.h).
+_CXX_FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden")
 _SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-_lock = threading.Lock()
 
 
 def source_dir() -> Path:
     """Where the C++ sources are: inside an installed package, or beside the package in a checkout."""
     installed = _PACKAGE / "csrc"
     return installed if installed.is_dir() else _PACKAGE.parent / "csrc"
-
-
-def sources() -> list[Path]:
-    """The files to compile."""
-    return [source_dir() / name for name in _SOURCES]
-
-
-def cxx_flags() -> list[str]:
-    """What the compiler is given."""
-    return [*CXX_FLAGS, *link_flags(), *(["-O1", "-g"] if link_flags() else [])]
 
 
 def link_flags() -> list[str]:
@@ -73,51 +47,9 @@ def link_flags() -> list[str]:
     return list(_SANITIZE) if os.environ.get("LBR_KERNELS_SANITIZE") == "1" else []
 
 
-def extension_name() -> str:
-    """``_kernels_<hash>``: another source or flag is another extension, so a stale binary is never loaded."""
-    digest = hashlib.sha256(" ".join(cxx_flags()).encode())
-    for path in sorted(source_dir().rglob("*")):
-        if path.suffix in (".cpp", ".h"):
-            digest.update(path.relative_to(source_dir()).as_posix().encode() + path.read_bytes())
-    return f"_kernels_{digest.hexdigest()[:12]}"
-
-
 def build_is_forced() -> bool:
     """Whether the environment asks for an error where a build would be skipped."""
     return os.environ.get("LBR_KERNELS_FORCE_BUILD") == "1"
-
-
-def load() -> str | None:
-    """Make the C++ kernels available. Returns None if they are, else the reason why not; the first call decides.
-
-    Raises ``RuntimeError`` in the place of a reason if ``LBR_KERNELS_FORCE_BUILD=1``.
-    """
-    with _lock:
-        return _load_once()
-
-
-def library_path() -> Path | None:
-    """The compiled library that :func:`load` takes, None if there is none."""
-    built = _build_directory() / f"{extension_name()}.so"
-    return _installed() or (built if built.exists() else None)
-
-
-@functools.cache
-def _load_once() -> str | None:
-    import torch
-
-    try:
-        library = _installed() or _build()
-    except BuildUnavailableError as error:
-        if build_is_forced():
-            raise RuntimeError(f"LBR_KERNELS_FORCE_BUILD=1, but {error}") from error
-        warnings.warn(
-            f"lbr_kernels: {error}. The plain PyTorch reference runs in its place; it gives the same results, slower.",
-            stacklevel=2,
-        )
-        return str(error)
-    torch.ops.load_library(library)
-    return None
 
 
 def missing_compiler() -> str | None:
@@ -129,79 +61,190 @@ def missing_compiler() -> str | None:
     return f"no C++ compiler found (looked for {compiler!r}, {named})"
 
 
+def missing_cuda_compiler() -> str | None:
+    """Says why CUDA sources cannot be compiled for this torch; None if they can."""
+    import torch
+    from torch.utils import cpp_extension
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    home = cpp_extension.CUDA_HOME
+    if home is None or not (Path(home) / "bin" / "nvcc").exists():
+        return f"no nvcc found (looked in CUDA_HOME = {home}); it compiles the CUDA kernels"
+    return missing_compiler()
+
+
 class BuildUnavailableError(Exception):
     """The extension cannot be built here; the message says why."""
 
 
-def _installed() -> Path | None:
-    """The extension that an install with ``--no-build-isolation`` has compiled."""
-    return next(_PACKAGE.glob(f"{extension_name()}.*"), None)
+class Extension:
+    """A library of kernels: ``kernels`` is what it is called in messages, ``missing`` says what its build lacks."""
+
+    def __init__(
+        self, stem: str, kernels: str, sources: Sequence[str], *, cuda: bool, missing: Callable[[], str | None]
+    ) -> None:
+        self._stem, self._kernels, self._sources, self._cuda, self._missing = stem, kernels, sources, cuda, missing
+        self._lock = threading.Lock()
+        self._loaded: list[str | None] = []  # what load() has found, once it has
+
+    def sources(self) -> list[Path]:
+        """The files to compile."""
+        return [source_dir() / name for name in self._sources]
+
+    def cxx_flags(self) -> list[str]:
+        """What the C++ compiler is given."""
+        cuda = ["-DUSE_CUDA"] if self._cuda else []
+        return [*_COMMON_FLAGS, *_CXX_FLAGS, *cuda, *link_flags(), *(["-O1", "-g"] if link_flags() else [])]
+
+    def nvcc_flags(self) -> list[str]:
+        """What nvcc is given."""
+        return list(_COMMON_FLAGS)
+
+    def name(self) -> str:
+        """``<stem>_<hash>``: another source or flag is another extension, so a stale binary is never loaded."""
+        digest = hashlib.sha256(" ".join(self.cxx_flags() + (self.nvcc_flags() if self._cuda else [])).encode())
+        for path in sorted(source_dir().rglob("*")):
+            of_another = path.parent.name == ("cpu" if self._cuda else "cuda")
+            if path.suffix in (".cpp", ".h", ".cu", ".cuh") and not of_another:
+                digest.update(path.relative_to(source_dir()).as_posix().encode() + path.read_bytes())
+        return f"{self._stem}_{digest.hexdigest()[:12]}"
+
+    def library_path(self) -> Path | None:
+        """The compiled library that :meth:`load` takes, None if there is none."""
+        built = self._build_directory() / f"{self.name()}.so"
+        return self._installed() or (built if built.exists() else None)
+
+    def load(self) -> str | None:
+        """Make the kernels available. Returns None if they are, else the reason why not; the first call decides.
+
+        Raises ``RuntimeError`` in the place of a reason if ``LBR_KERNELS_FORCE_BUILD=1``.
+        """
+        with self._lock:
+            if not self._loaded:
+                self._loaded.append(self._load())
+            return self._loaded[0]
+
+    def _load(self) -> str | None:
+        import torch
+
+        try:
+            library = self._installed() or self._build()
+        except BuildUnavailableError as error:
+            if build_is_forced():
+                raise RuntimeError(f"LBR_KERNELS_FORCE_BUILD=1, but {error}") from error
+            warnings.warn(
+                f"lbr_kernels: {error}. The plain PyTorch reference runs in its place; it gives the same results, "
+                "slower.",
+                stacklevel=2,
+            )
+            return str(error)
+        torch.ops.load_library(library)
+        return None
+
+    def _installed(self) -> Path | None:
+        """The extension that an install with ``--no-build-isolation`` has compiled."""
+        return next(_PACKAGE.glob(f"{self.name()}.*"), None)
+
+    def _build_directory(self) -> Path:
+        """A folder for this extension and this torch inside torch's own cache of extensions."""
+        import torch
+        from torch.utils import cpp_extension
+
+        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+        return root / f"lbr_kernels-torch{torch.__version__}" / self.name()
+
+    def _build(self) -> Path:
+        import torch
+
+        name, directory = self.name(), self._build_directory()
+        library, complete = directory / f"{name}.so", directory / "complete"
+        if complete.exists():
+            return library  # also from a cache that this process may not write to
+        if (missing := self._missing()) is not None:
+            raise BuildUnavailableError(missing)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with self._building_alone(directory.with_suffix(".lock")):
+                if complete.exists():
+                    return library
+                start = time.monotonic()
+                print(
+                    f"lbr_kernels: compiling the {self._kernels} kernels for torch {torch.__version__}, once ...",
+                    file=sys.stderr,
+                )
+                (directory / "lock").unlink(missing_ok=True)  # torch's own, left behind by a build that was killed
+                self._compile(name, directory)
+                complete.touch()
+                print(f"lbr_kernels: compiled in {time.monotonic() - start:.0f} s into {directory}", file=sys.stderr)
+        except OSError as error:
+            raise BuildUnavailableError(f"cannot write the kernels to {directory} ({error})") from error
+        return library
+
+    @contextmanager
+    def _building_alone(self, path: Path) -> Iterator[None]:
+        """Holds the lock in ``path``, and says so if another process has to be waited for."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(path)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            print(
+                f"lbr_kernels: waiting for another process that is compiling the {self._kernels} kernels ...",
+                file=sys.stderr,
+            )
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _compile(self, name: str, directory: Path) -> None:
+        from torch.utils import cpp_extension
+
+        try:
+            cpp_extension.load(
+                name,
+                [str(path) for path in self.sources()],
+                extra_cflags=self.cxx_flags(),
+                extra_cuda_cflags=self.nvcc_flags(),
+                extra_ldflags=link_flags(),
+                build_directory=str(directory),
+                with_cuda=self._cuda,
+                is_python_module=False,
+            )
+        except Exception as error:  # whatever torch, ninja or the compiler have to say
+            log = directory / "build.log"
+            log.write_text(str(error))
+            raise BuildUnavailableError(f"compiling the kernels failed, see {log}") from error
 
 
-def _build_directory() -> Path:
-    """A folder for this extension and this torch inside torch's own cache of extensions."""
-    import torch
-    from torch.utils import cpp_extension
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    return root / f"lbr_kernels-torch{torch.__version__}" / extension_name()
-
-
-def _build() -> Path:
-    import torch
-
-    name, directory = extension_name(), _build_directory()
-    library, complete = directory / f"{name}.so", directory / "complete"
-    if complete.exists():
-        return library  # also from a cache that this process may not write to
-    if (missing := missing_compiler()) is not None:
-        raise BuildUnavailableError(missing)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with _building_alone(directory.with_suffix(".lock")):
-            if complete.exists():
-                return library
-            start = time.monotonic()
-            print(f"lbr_kernels: compiling the CPU kernels for torch {torch.__version__}, once ...", file=sys.stderr)
-            (directory / "lock").unlink(missing_ok=True)  # torch's own, left behind by a build that was killed
-            _compile(name, directory)
-            complete.touch()
-            print(f"lbr_kernels: compiled in {time.monotonic() - start:.0f} s into {directory}", file=sys.stderr)
-    except OSError as error:
-        raise BuildUnavailableError(f"cannot write the kernels to {directory} ({error})") from error
-    return library
-
-
-@contextmanager
-def _building_alone(path: Path) -> Iterator[None]:
-    """Holds the lock in ``path``, and says so if another process has to be waited for."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        print("lbr_kernels: waiting for another process that is compiling the CPU kernels ...", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _compile(name: str, directory: Path) -> None:
-    from torch.utils import cpp_extension
-
-    try:
-        cpp_extension.load(
-            name,
-            [str(path) for path in sources()],
-            extra_cflags=cxx_flags(),
-            extra_ldflags=link_flags(),
-            build_directory=str(directory),
-            is_python_module=False,
-        )
-    except Exception as error:  # whatever torch, ninja or the compiler have to say
-        log = directory / "build.log"
-        log.write_text(str(error))
-        raise BuildUnavailableError(f"compiling the kernels failed, see {log}") from error
+CPU = Extension(
+    "_kernels",
+    "CPU",
+    (
+        "bindings.cpp",
+        "cpu/commit.cpp",
+        "cpu/isa_avx2.cpp",
+        "cpu/isa_avx512.cpp",
+        "cpu/isa_avx512_bf16.cpp",
+        "cpu/isa_portable.cpp",
+        "cpu/kernels.cpp",
+    ),
+    cuda=False,
+    missing=missing_compiler,
+)
+CUDA = Extension(
+    "_cuda_kernels",
+    "CUDA",
+    (
+        "cuda/bindings.cpp",
+        "cuda/tree_attention.cu",
+        "cuda/tree_attention_64.cu",
+        "cuda/tree_attention_128.cu",
+        "cuda/tree_attention_256.cu",
+    ),
+    cuda=True,
+    missing=missing_cuda_compiler,
+)

@@ -11,10 +11,12 @@ changes one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lbr_kernels.ops import _registry
+from lbr_kernels.ops import _preferences, _registry
 from lbr_kernels.ops._checks import Axis, Checker, number
 
 
@@ -33,6 +35,7 @@ def tree_attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
+    validate: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last N nodes of each row's tree (paper, appendix A.3).
@@ -52,7 +55,10 @@ def tree_attention(
         sinks: fp32 ``[Hq]``, one more score per head that has no value.
         alibi_slopes: fp32 ``[Hq]``, ``slope * (key position - query position)`` is added to the scores.
         return_lse: also return the log-sum-exp of the scores, sink included.
-        backend: see ``ops.backends()``.
+        validate: on a GPU, wait for it and check the values of ``prefix_lens`` and ``num_nodes`` before the call, as is
+            always done on the CPU. Else a row whose value is bad returns NaN, and ``ops.raise_if_flagged`` raises.
+        backend: see ``ops.backends()``. On a GPU ``"cuda"`` takes fp16 and bf16, head sizes that are multiples of 8 up
+            to 256, and caches aligned to 16 bytes; ``"triton"`` any head size up to 256, also fp32.
 
     Returns:
         ``[B, Hq, N, Dv]`` in the query's dtype; with ``return_lse`` also fp32 ``[B, Hq, N]``, natural logarithm,
@@ -61,12 +67,57 @@ def tree_attention(
     Raises:
         RuntimeError: a shape, dtype, device, stride or value is not as above.
     """
+    if validate and query.device.type != "cpu" and query.dim() == key_cache.dim() == 4 and ancestors.dim() == 3:
+        _check_values(Checker("tree_attention"), query, key_cache, prefix_lens, ancestors, num_nodes)
     out, lse = _registry.call(
         "tree_attention", backend, query, query, key_cache, value_cache, prefix_lens, ancestors,
         num_nodes=num_nodes, scale=scale, depths=depths, window=window, softcap=softcap, sinks=sinks,
-        alibi_slopes=alibi_slopes,
+        alibi_slopes=alibi_slopes, prefer=lambda: gpu_backends(query, key_cache, value_cache),
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def gpu_backends(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> tuple[str, ...]:
+    """The backends that take these tensors on a GPU, the fastest first; all empty where only the reference does."""
+    if query.dim() != 4 or key_cache.dim() != 4 or value_cache.dim() != 4 or query.dtype == torch.float64:
+        return ()
+    head_size = max(query.shape[3], value_cache.shape[3])
+    if head_size > 256:
+        return ()
+    rows = query.shape[2] * query.shape[1] // max(key_cache.shape[1], 1)
+    taken = _cuda_takes(query) and _cuda_takes(key_cache) and _cuda_takes(value_cache)
+    if taken and head_size > 128:
+        taken = _shared_memory(query.device) >= _WIDE_TILES_TAKE
+    return tuple(name for name in _preferences.tree_attention(rows, head_size) if name != "cuda" or taken)
+
+
+def _cuda_takes(tensor: Tensor) -> bool:
+    """Whether rows of a tensor can be copied 16 bytes at a time."""
+    steps = (tensor.shape[3], tensor.storage_offset(), *tensor.stride()[:3])
+    aligned = torch.compiler.is_compiling() or tensor.data_ptr() % 16 == 0
+    return tensor.dtype in (torch.float16, torch.bfloat16) and aligned and all(step % 8 == 0 for step in steps)
+
+
+_WIDE_TILES_TAKE = 163 * 1024  # bytes of shared memory at most, for head sizes over 128
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _shared_memory(device: torch.device) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the field
+    return int(properties.shared_memory_per_block_optin)
+
+
+def _check_values(
+    check: Checker,
+    query: Tensor,
+    key_cache: Tensor,
+    prefix_lens: Tensor,
+    ancestors: Tensor,
+    num_nodes: Tensor | None,
+) -> None:
+    S, T, N = key_cache.shape[2], ancestors.shape[1], query.shape[2]
+    check.in_range("prefix_lens", prefix_lens, 0, S - T, f"0 <= length <= S - T = {S - T}")
+    check.in_range("num_nodes", num_nodes, 0, N, f"0 <= count <= N = {N}")
 
 
 @_registry.reference("tree_attention")
@@ -115,8 +166,7 @@ def tree_attention_ref(
     check.side_input("alibi_slopes", alibi_slopes, torch.float32, (Axis("Hq", Hq),), device)
     check(window is None or window >= 1, f"window is {window}, expected an integer >= 1")
     check(softcap is None or softcap > 0, f"softcap is {number(softcap or 0.0)}, expected a number > 0")
-    check.in_range("prefix_lens", prefix_lens, 0, S - T, f"0 <= length <= S - T = {S - T}")
-    check.in_range("num_nodes", num_nodes, 0, N, f"0 <= count <= N = {N}")
+    _check_values(check, query, key_cache, prefix_lens, ancestors, num_nodes)
 
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     if N == 0:

@@ -1,0 +1,89 @@
+// Registers the kernels with torch, for CUDA; see csrc/bindings.cpp. Values, which lie in the device's memory, are
+// checked by the kernels: a bad one sets a flag there. Built on the SIMT shim, this is a library of its own for the
+// CPU.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "../checks.h"
+#include "../tree_attention.h"
+#include "tree_attention.h"
+#include "workspace.h"
+
+#ifdef LBR_SIMT
+#define LBR_KEY CPU  // and the build says LBR_LIBRARY
+#else
+#define LBR_LIBRARY lbr_kernels
+#define LBR_KEY CUDA
+#endif
+
+namespace lbr {
+namespace {
+
+// Never destroyed: tensors must not outlive torch, which at the end of a process they would.
+gpu::Workspaces& workspaces() {
+  static auto* const kept = new gpu::Workspaces;
+  return *kept;
+}
+
+// Makes the tensor's device the current one.
+class OnDeviceOf {
+#ifdef LBR_SIMT
+ public:
+  explicit OnDeviceOf(const Tensor& /*t*/) {}
+#else
+ public:
+  explicit OnDeviceOf(const Tensor& t) : guard_(t.get_device()) {}
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                                          const Tensor& prefix_lens, const Tensor& ancestors,
+                                          const OptionalTensor& num_nodes, std::optional<double> scale,
+                                          const OptionalTensor& depths, std::optional<int64_t> window,
+                                          std::optional<double> softcap, const OptionalTensor& sinks,
+                                          const OptionalTensor& alibi_slopes, int64_t /*isa*/) {
+  const Checker check("tree_attention", query);
+  TreeAttentionParams p = tree_attention_params(check, query, key_cache, value_cache, prefix_lens, ancestors, num_nodes,
+                                                scale, depths, window, softcap, sinks, alibi_slopes);
+  const OnDeviceOf device(query);
+  const gpu::Device properties = gpu::current_device();
+  const std::string unsupported = gpu::tree_attention_unsupported(p, properties);
+  check(unsupported.empty(), unsupported, " for backend 'cuda'; the nearest accepted backend is 'triton'");
+
+  Tensor out = torch::stable::new_empty(query, {p.batch, p.q_heads, p.num_queries, p.value_dim});
+  Tensor lse = torch::stable::new_empty(query, {p.batch, p.q_heads, p.num_queries}, ScalarType::Float);
+  p.out = out.mutable_data_ptr();
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  if (out.numel() == 0 && lse.numel() == 0) return {out, lse};
+
+  const gpu::TreeAttentionPlan plan = gpu::plan_tree_attention(p, properties);
+  const gpu::Stream stream = gpu::current_stream(query.get_device());
+  gpu::TreeAttentionWorkspace workspace{nullptr, nullptr, workspaces().flags(query)};
+  Tensor
+      partials;  // back to torch's allocator at the end, which gives it to nobody before this stream has done with it
+  if (plan.splits > 1) {
+    partials = torch::stable::new_empty(query, {plan.partials}, ScalarType::Float);
+    workspace.partials = static_cast<float*>(partials.mutable_data_ptr());
+    workspace.arrivals = workspaces().counters(query, stream, plan.arrivals);
+  }
+  gpu::tree_attention(p, plan, workspace, stream);
+  return {out, lse};
+}
+
+void set_flags(const Tensor& word) { workspaces().set_flags(word); }
+
+}  // namespace
+}  // namespace lbr
+
+STABLE_TORCH_LIBRARY_IMPL(LBR_LIBRARY, LBR_KEY, m) {
+  m.impl("tree_attention", TORCH_BOX(&lbr::tree_attention));
+  m.impl("set_flags", TORCH_BOX(&lbr::set_flags));
+}

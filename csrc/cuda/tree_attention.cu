@@ -1,0 +1,95 @@
+// The host's side of tree_attention: what is supported, and how a launch is cut into blocks.
+#include <algorithm>
+#include <sstream>
+
+#include "tree_attention.h"
+
+namespace lbr::gpu {
+namespace {
+
+int64_t group_of(const TreeAttentionParams& p) { return p.q_heads / p.kv_heads; }
+
+TileShape tile_for(const TreeAttentionParams& p) {
+  const int head = head_class(std::max(p.head_dim, p.value_dim));
+  return tile_shape(head, tile_rows(head, p.num_queries * group_of(p)));
+}
+
+}  // namespace
+
+std::string tree_attention_unsupported(const TreeAttentionParams& p, const Device& device) {
+  std::ostringstream text;
+  const auto head_size = [&](const char* name, int64_t size) {
+    if (size % 8 == 0 && size <= 256) return false;
+    text << name << " has head size " << size << ", expected a multiple of 8 up to 256";
+    return true;
+  };
+  const auto placement = [&](const char* name, const void* data, const int64_t (&stride)[3]) {
+    // Copies take 16 bytes at a time.
+    for (int64_t step : stride)
+      if (step % 8 != 0) {
+        text << name << " has a stride of " << step << ", expected multiples of 8";
+        return true;
+      }
+    if (reinterpret_cast<uintptr_t>(data) % 16 == 0) return false;
+    text << name << " does not start at a multiple of 16 bytes, expected that it does";
+    return true;
+  };
+  if (p.dtype == DType::kFloat32) {
+    text << "query has dtype torch.float32, expected torch.float16 or torch.bfloat16";
+  } else if (!head_size("query", p.head_dim) && !head_size("value_cache", p.value_dim) &&
+             !placement("query", p.query, p.query_stride) && !placement("key_cache", p.keys, p.keys_stride) &&
+             !placement("value_cache", p.values, p.values_stride)) {
+    const TileShape tile = tile_for(p);
+    if (tile.shared_bytes() > device.shared_bytes_per_block)
+      text << "query has head size " << std::max(p.head_dim, p.value_dim) << ", which takes " << tile.shared_bytes()
+           << " bytes of shared memory, expected at most " << device.shared_bytes_per_block << " on this device";
+  }
+  return text.str();
+}
+
+int choose_splits(int64_t tiles, int64_t key_tiles, int64_t slots, double merge_cost) {
+  // The time of a block in key tiles: those it reads, and about two for its start and its end. Where parts are merged
+  // the last block of a row tile reads them all, one after the other.
+  constexpr int kMaxSplits = 128;
+  constexpr double kBlockCost = 2;
+  int best = 1;
+  double least = 0;
+  for (int splits = 1; splits <= std::min<int64_t>(kMaxSplits, std::max<int64_t>(key_tiles, 1)); ++splits) {
+    const int64_t waves = (tiles * splits + slots - 1) / slots, longest = (key_tiles + splits - 1) / splits;
+    const double time = waves * (longest + kBlockCost) + (splits > 1 ? kBlockCost + splits * merge_cost : 0);
+    if (splits > 1 && time >= least) continue;
+    best = splits;
+    least = time;
+  }
+  return best;
+}
+
+TreeAttentionPlan plan_tree_attention(const TreeAttentionParams& p, const Device& device) {
+  const TileShape tile = tile_for(p);
+  const int64_t rows = p.num_queries * group_of(p);
+  const int64_t row_tiles = (rows + tile.rows - 1) / tile.rows;
+  const int64_t key_tiles = (p.slots + tile.keys - 1) / tile.keys;
+  const int64_t resident =
+      std::clamp<int64_t>(device.shared_bytes_per_multiprocessor / (tile.shared_bytes() + kSharedBytesReservedPerBlock),
+                          1, tile.resident_blocks);
+  const int64_t tiles = p.batch * p.kv_heads * row_tiles;
+  // In bytes: a part's sums in fp32 against a tile of keys and values.
+  const double merge_cost =
+      double(std::min<int64_t>(rows, tile.rows)) * p.value_dim * 4 / (tile.keys * (p.head_dim + p.value_dim) * 2.0);
+  const int64_t splits = choose_splits(tiles, key_tiles, device.multiprocessors * resident, merge_cost);
+  const int64_t parts = splits > 1 ? tiles * splits * tile.rows : 0;
+  return {tile, int(row_tiles), int(splits), parts * (p.value_dim + 2), splits > 1 ? tiles : 0};
+}
+
+void tree_attention(const TreeAttentionParams& params, const TreeAttentionPlan& plan,
+                    const TreeAttentionWorkspace& workspace, Stream stream) {
+  if (params.batch == 0 || params.num_queries == 0) return;
+  const TreeAttentionLaunch launch{params, workspace, plan.row_tiles, plan.splits};
+  switch (plan.tile.head) {
+    case 64: return launch_tree_attention_64(launch, plan.tile, stream);
+    case 128: return launch_tree_attention_128(launch, plan.tile, stream);
+    default: return launch_tree_attention_256(launch, plan.tile, stream);
+  }
+}
+
+}  // namespace lbr::gpu

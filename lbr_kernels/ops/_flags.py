@@ -1,0 +1,51 @@
+"""Bad values that kernels have met on a GPU.
+
+Contract
+--------
+Lengths and counts lie in a GPU's memory, where no check can look at them without waiting for the device. A kernel that
+meets one which cannot be gives NaN for that row, reads and writes nothing out of bounds, and sets a bit of its device's
+word. :func:`raise_if_flagged` waits for the device, reads the word, clears it and raises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The bits of csrc/cuda/tree_attention.h's Flag.
+_MEANINGS = {
+    1: "tree_attention: a row's prefix_lens was not in 0 <= length <= S - T",
+    2: "tree_attention: a row's num_nodes was not in 0 <= count <= N",
+}
+
+_words: dict[torch.device, Tensor] = {}
+
+
+def word(device: torch.device) -> Tensor:
+    """The word of ``device``, an int32 tensor of one element, made when it is first asked for."""
+    if device not in _words:
+        _words[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _words[device]
+
+
+def with_index(device: torch.device) -> torch.device:
+    """``cuda`` alone stands for the current device."""
+    bare = torch.device("cuda")
+    return torch.device("cuda", torch.cuda.current_device()) if device == bare and torch.cuda.is_available() else device
+
+
+def raise_if_flagged(device: torch.device | str) -> None:
+    """Wait for ``device`` and say whether a kernel has met a bad value on it since the last call.
+
+    On the CPU values are checked in every call, and this returns at once.
+
+    Raises:
+        RuntimeError: it has; the results of the rows concerned are NaN.
+    """
+    device = with_index(torch.device(device))
+    if device not in _words:
+        return
+    bits = int(_words[device].item())
+    if bits:
+        _words[device].zero_()
+        raise RuntimeError("; ".join(text for bit, text in _MEANINGS.items() if bits & bit) + "; its results are NaN")

@@ -1,0 +1,24 @@
+"""Which of the kernels for GPUs is the faster, per op and class of shapes.
+
+``bench/gpu.py`` measures both in one run and prints the tables below; :data:`SOURCE` names the run they are from.
+"""
+
+from __future__ import annotations
+
+SOURCE: str | None = None
+"""The file in bench/results whose figures these are; None: nothing has been measured yet."""
+
+TREE_ATTENTION: dict[tuple[int, int], str] = {}
+"""By rows per key head (N * Hq / Hk) and head size, each rounded up to the next of the lists below. What is not in the
+table takes ``"cuda"`` first."""
+
+ROWS = (16, 32, 64, 128)
+"""More rows count as the last."""
+HEAD_SIZES = (64, 128, 256)
+
+
+def tree_attention(rows: int, head_size: int) -> tuple[str, str]:
+    """The two backends, the one to be taken first."""
+    row_class = next((most for most in ROWS if rows <= most), ROWS[-1])
+    head_class = next((most for most in HEAD_SIZES if head_size <= most), HEAD_SIZES[-1])
+    return ("triton", "cuda") if TREE_ATTENTION.get((row_class, head_class)) == "triton" else ("cuda", "triton")

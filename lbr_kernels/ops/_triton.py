@@ -1,0 +1,27 @@
+"""The Triton kernels as torch ops ``torch.ops.lbr_kernels.<op>_triton``, registered when they are first asked for.
+
+Their schemas are the references', without the argument that chooses an instruction set.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lbr_kernels.ops import _registry, tree_attention_triton
+
+
+@functools.cache
+def register() -> None:
+    """Define the ops. Imports Triton."""
+    kernels: dict[str, Callable[..., Any]] = {"tree_attention": tree_attention_triton.tree_attention_triton}
+    for op, kernel in kernels.items():
+        name = f"{op}_triton"
+        _registry.LIBRARY.define(name + _registry.SCHEMAS[op], tags=torch.Tag.pt2_compliant_tag)
+        _registry.LIBRARY.impl(name, kernel, "CUDA")
+        if tree_attention_triton.interpreting():
+            _registry.LIBRARY.impl(name, kernel, "CPU")
+        torch.library.register_fake(f"lbr_kernels::{name}", _registry.FAKES[op], lib=_registry.LIBRARY)

@@ -1,0 +1,52 @@
+"""The CUDA kernels on the SIMT shim as one more backend of the ops: ``"cuda-simt"``, for tensors on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import simt_build
+import torch
+
+from lbr_kernels.ops import _extension, _flags, _registry
+from lbr_kernels.ops._backends import BACKENDS, HALF, Backend
+
+NAME = "cuda-simt"
+OPS = ("tree_attention",)
+_libraries: list[torch.library.Library] = []  # what they define lasts as long as they do
+
+
+def compile_kernels(sources: Sequence[Path], namespace: str) -> ModuleType:
+    """Build the kernels, which then are ``torch.ops.<namespace>.<op>``; ``configure`` sets seed and device."""
+    flags = [flag for flag in _extension.CUDA.cxx_flags() if flag.startswith("-DTORCH_TARGET")]
+    module = simt_build.build(sources, name=namespace, flags=[*flags, f"-DLBR_LIBRARY={namespace}"])
+    library = torch.library.Library(namespace, "DEF")
+    library.define("set_flags(Tensor(a!) word) -> ()")
+    for op in OPS:
+        arguments, result = _registry.SCHEMAS[op].rsplit(" -> ", 1)
+        library.define(f"{op}{arguments[:-1]}, int isa=0) -> {result}")
+    _libraries.append(library)
+    getattr(torch.ops, namespace).set_flags(_flags.word(torch.device("cpu")))
+    return module
+
+
+MODULE: list[ModuleType] = []  # filled at first use
+
+
+def _load(device: torch.device) -> str | None:
+    MODULE.append(compile_kernels([*_extension.CUDA.sources(), simt_build.SIMT / "plan.cpp"], "lbr_kernels_simt"))
+    MODULE[0].configure(seed=int(os.environ.get("LBR_KERNELS_SIMT_SEED", "0")))
+    return None
+
+
+BACKENDS[NAME] = Backend(
+    NAME,
+    device="cpu",
+    dtypes=HALF,
+    ops=frozenset(OPS),
+    namespace="lbr_kernels_simt",
+    extra={"isa": 0},
+    load=_load,
+)

@@ -1,0 +1,158 @@
+"""What is particular to tree_attention's CUDA kernel: how it is split, what it refuses, that no schedule matters."""
+
+from __future__ import annotations
+
+import pytest
+import simt_backend
+import torch
+from support import assert_within_budget
+from test_tree_attention import VARIANTS, problem
+
+from lbr_kernels import ops
+
+HEADS_AND_ROWS = [(64, 16), (64, 32), (64, 64), (64, 128), (128, 16), (128, 32), (128, 64), (128, 128)]
+HEADS_AND_ROWS += [(256, 16), (256, 64)]
+
+
+@pytest.fixture
+def simt():
+    """The shim's module, whose device is as usual again afterwards."""
+    assert ops.backends("cpu")["tree_attention"][simt_backend.NAME] is None
+    yield simt_backend.MODULE[0]
+    simt_backend.MODULE[0].configure()
+
+
+def attend(p, **extras):
+    return ops.tree_attention(**p, **extras, return_lse=True, backend=simt_backend.NAME)
+
+
+@pytest.mark.parametrize(("head", "rows"), HEADS_AND_ROWS)
+def test_every_tile_on_devices_of_every_size(simt, head, rows):
+    """Each instantiation with one part and with many, some rows too short for theirs, in both types."""
+    group, N = (4, rows // 4) if rows <= 64 else (7, 23)
+    for dtype in (torch.float16, torch.bfloat16):
+        p = problem(B=2, Hk=1, group=group, N=N, T=N + 5, D=head, Dv=head - 8, longest=900, dtype=dtype)
+        wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in p.items()}
+        want, want_lse = ops.tree_attention_ref(**wide)
+        plain, _ = ops.tree_attention_ref(**p)
+        for multiprocessors in (1, 4, 132):
+            simt.configure(multiprocessors=multiprocessors)
+            out, lse = attend(p)
+            assert_within_budget(out, want, plain, f"{multiprocessors} multiprocessors", roundings=4)
+            torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_schedule_changes_a_bit(simt, variant):
+    """Whichever thread and block comes first, and whichever block merges: the bits are the same."""
+    p = problem(B=3, Hk=2, T=12, N=9, D=64, Dv=64, longest=500, dtype=torch.bfloat16)
+    for multiprocessors in (1, 60):
+        results = []
+        for seed in range(12):
+            simt.configure(seed=seed, multiprocessors=multiprocessors)
+            results.append(attend(p, **VARIANTS[variant]))
+        assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+def test_the_next_launch_finds_the_workspace_as_it_was(simt):
+    """Counters are at zero again after every launch, whatever its shape: nothing has to be cleared in between."""
+    simt.configure(multiprocessors=60)
+    for seed, (Hk, group, longest) in enumerate([(2, 4, 900), (1, 7, 300), (3, 1, 1500), (2, 4, 900)] * 2):
+        p = problem(B=2, Hk=Hk, group=group, N=5, D=64, Dv=64, longest=longest, dtype=torch.float16, seed=seed)
+        wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in p.items()}
+        assert_within_budget(attend(p)[0], ops.tree_attention_ref(**wide)[0], ops.tree_attention_ref(**p)[0])
+
+
+@pytest.mark.parametrize("backend", [simt_backend.NAME, "triton"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prefix_lens": [70, 999, 3]}, "a row's prefix_lens was not in 0 <= length <= S - T"),
+        ({"prefix_lens": [70, -1, 3]}, "a row's prefix_lens was not in 0 <= length <= S - T"),
+        ({"num_nodes": [5, 6, 5]}, "a row's num_nodes was not in 0 <= count <= N"),
+        ({"num_nodes": [5, -2, 5]}, "a row's num_nodes was not in 0 <= count <= N"),
+    ],
+)
+def test_a_bad_value_is_nan_and_a_flag(backend, change, message):
+    """No check on the host sees it; the row is NaN, no other row is, and it is said once."""
+    p = problem(B=3, dtype=torch.float16)
+    want, _ = ops.tree_attention(**p, return_lse=True, backend=backend)
+    ops.raise_if_flagged("cpu")
+    bad = {name: torch.tensor(value, dtype=torch.int32) for name, value in change.items()}
+    lens = p["prefix_lens"].clone()
+    if "prefix_lens" in bad:
+        bad["prefix_lens"] = torch.where(torch.tensor([False, True, False]), bad["prefix_lens"], lens)
+    out, lse = ops.tree_attention(**{**p, **bad}, return_lse=True, backend=backend)
+    assert out[1].isnan().all()
+    assert lse[1].isnan().all()
+    assert torch.equal(out[[0, 2]], want[[0, 2]])
+    with pytest.raises(RuntimeError, match=message):
+        ops.raise_if_flagged("cpu")
+    ops.raise_if_flagged("cpu")
+
+
+def misaligned(tensor):
+    room = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:]
+    return room.view(tensor.shape).copy_(tensor)
+
+
+NEAREST = " for backend 'cuda'; the nearest accepted backend is 'triton'"
+REFUSED = {
+    "head size": (problem(D=20, dtype=torch.half), "query has head size 20, expected a multiple of 8 up to 256"),
+    "value size": (problem(Dv=4, dtype=torch.half), "value_cache has head size 4, expected a multiple of 8 up to 256"),
+    "too large": (problem(D=264, dtype=torch.half), "query has head size 264, expected a multiple of 8 up to 256"),
+    "stride": (
+        {**problem(dtype=torch.half), "query": torch.randn(2, 4, 5, 28).half()[..., :16]},
+        "query has a stride of 140, expected multiples of 8",
+    ),
+    "start": (
+        {**(p := problem(dtype=torch.half)), "key_cache": misaligned(p["key_cache"])},
+        "key_cache does not start at a multiple of 16 bytes, expected that it does",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_it_does_not_take(case):
+    p, message = REFUSED[case]
+    with pytest.raises(RuntimeError) as error:
+        attend(p)
+    assert str(error.value) == "tree_attention: " + message + NEAREST
+    assert ops.tree_attention(**p, backend="triton" if case != "too large" else "reference").isfinite().all()
+
+
+def test_other_types_are_refused_before_the_kernel():
+    with pytest.raises(RuntimeError, match=r"it takes float16 or bfloat16, got torch\.float32"):
+        attend(problem())
+
+
+@pytest.mark.parametrize(("head", "rows"), HEADS_AND_ROWS)
+def test_shared_memory_of_every_tile(simt, head, rows):
+    """Up to head size 128 the tiles fit every GPU of compute capability 8 and later, beyond it data centres'."""
+    assert simt.shared_bytes(head, rows) <= (99 if head <= 128 else 163) * 1024
+
+
+def test_a_device_with_little_shared_memory(simt):
+    simt.configure(shared_bytes_per_block=99 * 1024, shared_bytes_per_multiprocessor=100 * 1024)
+    assert attend(problem(D=128, Dv=128, dtype=torch.half))[0].isfinite().all()
+    with pytest.raises(
+        RuntimeError, match=r"which takes \d+ bytes of shared memory, expected at most 101376"
+    ):
+        attend(problem(D=192, Dv=128, dtype=torch.half))
+
+
+def test_splits(simt):
+    """As few parts as keep the device busy."""
+    splits = simt.choose_splits
+    assert splits(tiles=1000, key_tiles=128, slots=264, merge_cost=0.25) == 1  # busy without
+    assert splits(tiles=8, key_tiles=2, slots=264, merge_cost=0.25) <= 2
+    for tiles in (1, 8, 32, 64):
+        for key_tiles in (16, 128, 2048):
+            parts = splits(tiles=tiles, key_tiles=key_tiles, slots=264, merge_cost=0.25)
+            assert 1 <= parts <= min(key_tiles, 128)
+            assert tiles * parts <= 264 * 2
+    assert splits(tiles=8, key_tiles=2048, slots=264, merge_cost=0.25) == 33  # one wave, all of it
+    assert splits(tiles=8, key_tiles=128, slots=264, merge_cost=4.0) < splits(
+        tiles=8, key_tiles=128, slots=264, merge_cost=0.25
+    )
+    assert splits(tiles=1, key_tiles=0, slots=264, merge_cost=0.25) == 1
