@@ -27,7 +27,7 @@ from lbr_kernels.decoding.generate import LBRGenerateOutput, generate
 from lbr_kernels.display import TreeView, comparison, progress
 from lbr_kernels.evaluation import reachability
 from lbr_kernels.evaluation.demo import BATCH, Demo, Measured
-from lbr_kernels.ops import _extension
+from lbr_kernels.ops import _extension, _preferences
 
 app = typer.Typer(
     help="Local Branch Routing: decode with a rolling lookahead tree.", no_args_is_help=True, add_completion=False
@@ -204,19 +204,41 @@ def info() -> None:
 
     reason = _extension.CPU.load()
     console.print(Text(f"compiled kernels: {reason or _extension.CPU.library_path()}"), soft_wrap=True)
-    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for kind in kinds:
+    if (library := _extension.CUDA.library_path()) is not None:
+        console.print(Text(f"compiled kernels for CUDA: {library}"), soft_wrap=True)
+    if not torch.cuda.is_available():
+        why = ops.backends("cuda")["tree_attention"]["cuda"]
+        console.print(Text(f"no op runs on cuda: {_cause(why)}"), soft_wrap=True)
+    for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         table = Table(title=f"ops on {kind}", title_justify="left")
         for column in ("op", "takes", "cannot run"):
             table.add_column(column)
         for op, reasons in ops.backends(kind).items():
-            runs = [name for name, why in reasons.items() if why is None]
-            # The last of the instruction sets that run is the one that "cpu" stands for.
-            takes = f"cpu ({runs[-1].removeprefix('cpu-')})" if "cpu" in runs else "reference"
-            whys = dict.fromkeys(why for why in reasons.values() if why is not None)
-            refused = "\n".join(", ".join(n for n, w in reasons.items() if w == why) + f": {why}" for why in whys)
-            table.add_row(op, takes, Text(refused or "-"))
+            # What is for another kind of device says nothing about this one.
+            of_kind = {name: _cause(why) for name, why in reasons.items() if name.startswith("cpu") == (kind == "cpu")}
+            whys = dict.fromkeys(why for why in of_kind.values() if why)
+            refused = "\n".join(", ".join(n for n, w in of_kind.items() if w == why) + f": {why}" for why in whys)
+            table.add_row(op, _takes(op, kind, reasons), Text(refused or "-"))
         console.print(table, highlight=False)
+
+
+def _cause(reason: str | None) -> str:
+    """Why a backend cannot run, without what a message recommends in its place; nothing if it can."""
+    return (reason or "").split("; the nearest")[0]
+
+
+def _takes(op: str, kind: str, reasons: dict[str, str | None]) -> str:
+    """What an op runs on by default, and why that."""
+    runs = [name for name, why in reasons.items() if why is None and name != "reference"]
+    if kind == "cpu" and "cpu" in runs:
+        # The last of the instruction sets that run is the one that "cpu" stands for.
+        return f"cpu ({[name for name in runs if name.startswith('cpu')][-1].removeprefix('cpu-')})"
+    if kind == "cpu" or not runs:
+        return "reference: no kernel runs"
+    if len(runs) == 1:
+        return f"{runs[0]}, the only kernel that runs"
+    source = _preferences.SOURCE
+    return f"{' or '.join(runs)}, by shape: {'not measured yet, cuda first' if source is None else source}"
 
 
 def _processor() -> str:
@@ -230,7 +252,9 @@ def _processor() -> str:
 
 @app.command()
 def build() -> None:
-    """Compile the C++ kernels now instead of at their first use."""
-    if (reason := _extension.CPU.load()) is not None:
-        raise fail(reason)
-    console.print(Text(f"compiled kernels: {_extension.CPU.library_path()}"), soft_wrap=True)
+    """Compile the kernels now instead of at their first use: the CPU's, and CUDA's where there is a GPU."""
+    libraries = [_extension.CPU, *([_extension.CUDA] if torch.cuda.is_available() else [])]
+    for library in libraries:
+        if (reason := library.load()) is not None:
+            raise fail(reason)
+        console.print(Text(f"compiled kernels: {library.library_path()}"), soft_wrap=True)

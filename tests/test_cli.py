@@ -182,7 +182,9 @@ def test_a_terminal_without_unicode():
 
 def test_info_says_each_reason_once(monkeypatch):
     reasons = {"reference": None, "cpu": "no compiler", "cpu-portable": "no compiler", "cpu-avx2": "no avx2"}
-    monkeypatch.setattr(cli.ops, "backends", lambda kind: {"route": reasons})
+    everywhere = {"route": reasons, "tree_attention": {"cuda": "no GPU; the nearest accepted backend is 'reference'"}}
+    monkeypatch.setattr(cli.ops, "backends", lambda kind: everywhere)
     lines = [line for line in run("info").output.splitlines() if "no " in line and "│" in line]
     assert any("cpu, cpu-portable: no compiler" in line for line in lines)
     assert any("cpu-avx2: no avx2" in line for line in lines)
+    assert "no op runs on cuda: no GPU\n" in run("info").output

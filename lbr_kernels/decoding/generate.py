@@ -18,6 +18,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import TransformersKwargs
 
+from lbr_kernels import ops
 from lbr_kernels.decoding.adapter import ModelAdapter, require_supported
 from lbr_kernels.decoding.cache import CACHE_NAME, TreeCache
 from lbr_kernels.decoding.config import LBRConfig
@@ -255,6 +256,7 @@ class _Call:
         for step in decoder.run(root_logits, torch.arange(rows, device=device) // repeats):
             if self.on_step is not None:
                 self.on_step(step)
+        ops.raise_if_flagged(device)
         if self.streamer is not None:
             self.streamer.end()
         sequences = torch.cat([shown, decoder.sequences[:, shown.shape[1] :]], dim=1)
