@@ -11,11 +11,20 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
+import simt_backend
 import transformers
 from models import tiny_llama
 from transformers import PreTrainedModel
 
 transformers.logging.set_verbosity_error()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--simt-seed", type=int, default=0, help="of the schedules that the CUDA kernels meet on the CPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    simt_backend.SEED = config.getoption("--simt-seed")
 
 
 @pytest.fixture(autouse=True)

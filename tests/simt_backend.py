@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -33,11 +32,12 @@ def compile_kernels(sources: Sequence[Path], namespace: str) -> ModuleType:
 
 
 MODULE: list[ModuleType] = []  # filled at first use
+SEED = 0  # pytest --simt-seed
 
 
 def _load(device: torch.device) -> str | None:
     MODULE.append(compile_kernels([*_extension.CUDA.sources(), simt_build.SIMT / "plan.cpp"], "lbr_kernels_simt"))
-    MODULE[0].configure(seed=int(os.environ.get("LBR_KERNELS_SIMT_SEED", "0")))
+    MODULE[0].configure(seed=SEED)
     return None
 
 

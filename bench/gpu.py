@@ -1,0 +1,574 @@
+"""The benchmark of ``ops.tree_attention`` on a GPU.
+
+    PYTHONPATH=. python3 bench/gpu.py attention             at most 8 minutes; JSON, table, plot into bench/results/
+    PYTHONPATH=. python3 bench/gpu.py attention --quick     a selection of the shapes
+    PYTHONPATH=. python3 bench/gpu.py attention --dry-run   no GPU: the same code on tiny shapes; keeps nothing
+    PYTHONPATH=. python3 bench/gpu.py results               bench/results/gpu.md, from the runs that are kept
+
+``lbr-kernels build`` comes first where kernels have to be compiled; optional sides are those whose package can be
+imported (flash_attn, flash_attn_interface, flashinfer; the last compiles at first use).
+
+Contract
+--------
+A side is timed only after its output was compared with the reference in fp32, and a graph only after its last output,
+filled with NaN, was written anew and compared again. What is wrong or fails is recorded with the reason, and the
+command then ends with 1 (of other people's sides it is only what is wrong that does so).
+
+Caches are cold because sets of buffers are used in turn, as the layers of a model are: one replay of a side's graph
+passes over more than three times the L2's bytes, and comes back to a set only when all others have been read. Flushing
+the L2 between calls instead would time single launches and leave dirty lines to be written back. Where one set is that
+large it is the only one; what the L2 holds of its end when its beginning is read is at most a third of it. A replay
+stands behind a kernel that only waits, so that the host's part of a launch is in no time; the gaps between the kernels
+of a graph are, for every side. All sides alternate in rounds, and a round begins with another side each time.
+
+The time is kept by design: what is left is shared equally among the shapes that are left, the rounds are as many as
+the slice holds, FlexAttention is left out where its compilation would not fit, and shapes that no time is left for are
+listed. Results are written after every shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.metadata
+import json
+import math
+import platform
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import gpu_report
+import torch
+import typer
+from gpu_attention import (
+    DRY,
+    QUICK,
+    SHAPES,
+    TOLERANCE,
+    Problem,
+    Shape,
+    Side,
+    make_problem,
+    reference,
+    relative_error,
+    set_bytes,
+    sides_for,
+)
+from report import number
+from rich.console import Console
+from torch import Tensor
+
+import lbr_kernels
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = "gpu.md"
+
+COLD = 3  # times the L2's bytes
+MIN_CALLS = 4  # of a graph, unless a call is slow
+SLOW_CALL = 5e-3  # seconds
+LONG_ENOUGH = 1e-3  # seconds of a measurement, by which the clock's steps do not matter
+MOST_REPLAYS = 10
+RESERVE = 15.0  # seconds for the roof's second reading, tables and plot
+
+Work = Callable[[], Any]
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+console = Console()
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Machine(Protocol):
+    """Where the sides run, and its clock."""
+
+    device: torch.device
+    dtype: torch.dtype
+    cache_bytes: int
+    rounds: tuple[int, int]
+    """At least and at most."""
+
+    def describe(self) -> dict[str, Any]:
+        """Name, driver, sizes."""
+
+    def free_bytes(self) -> int:
+        """Memory that can be had, after what is no longer used was given back."""
+
+    def first(self, work: Callable[[], Tensor]) -> Tensor:
+        """The result of a first run, waited for; on the stream that captures."""
+
+    def capture(self, work: Callable[[], Tensor]) -> tuple[Work, Tensor | None]:
+        """What replays ``work``, and where the result of its last call will stand, if that can be said."""
+
+    def seconds(self, work: Work, times: int) -> float:
+        """Of one run, the mean of so many."""
+
+    def healthy(self) -> bool:
+        """Whether anything can still be run."""
+
+    def roof(self) -> dict[str, list[float]]:
+        """Samples of the copy rate, bytes per second, and of the matrix rate, operations per second."""
+
+
+class Gpu:
+    """The current CUDA device: graphs and events."""
+
+    dtype = torch.bfloat16
+    rounds = (5, 30)
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._properties = torch.cuda.get_device_properties(self.device)
+        self.cache_bytes: int = self._properties.L2_cache_size
+        self._stream = torch.cuda.Stream()
+        self._pool: Any = None
+
+    def describe(self) -> dict[str, Any]:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            driver = "unknown"
+        p = self._properties
+        return {
+            "name": p.name, "driver": driver, "memory_bytes": p.total_memory, "l2_bytes": self.cache_bytes,
+            "multiprocessors": p.multi_processor_count, "capability": [p.major, p.minor],
+        }  # fmt: skip
+
+    def free_bytes(self) -> int:
+        self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        # On the stream that captures: workspaces belong to streams, and they are to be there before the capture.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def first(self, work: Callable[[], Tensor]) -> Tensor:
+        with self._aside():
+            out = work()
+        torch.cuda.synchronize()
+        return out
+
+    def capture(self, work: Callable[[], Tensor]) -> tuple[Work, Tensor | None]:
+        # The graphs of a shape share their memory, one being replayed at a time and its result of no further use: else
+        # what a side that expands its keys occupies would be lost to all others.
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream, pool=self._pool):
+                last = work()
+        except Exception as error:
+            # The end of a capture that failed raises an error of its own, and leaves its stream behind.
+            torch.cuda.set_stream(current)
+            self._pool = torch.cuda.graph_pool_handle()
+            if isinstance(error.__context__, Exception):
+                raise error.__context__ from None
+            raise
+        graph.replay()
+        torch.cuda.synchronize()
+        return graph.replay, last
+
+    def seconds(self, work: Work, times: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(1_000_000)  # cycles: until the host has launched what follows
+        start.record()
+        for _ in range(times):
+            work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / times
+
+    def healthy(self) -> bool:
+        try:
+            torch.cuda.synchronize()
+            return bool(torch.ones(1, device=self.device).item() == 1)
+        except RuntimeError:
+            return False
+
+    def roof(self) -> dict[str, list[float]]:
+        return _roof(self, copied=4 << 30, side=8192, runs=4, samples=10)
+
+
+class DryRun:
+    """A CPU in the place of a GPU: to exercise the script; its times mean nothing."""
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+    cache_bytes = 0
+    rounds = (3, 3)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "dry run on a CPU", "driver": "none", "l2_bytes": self.cache_bytes}
+
+    def free_bytes(self) -> int:
+        return 1 << 30
+
+    def first(self, work: Callable[[], Tensor]) -> Tensor:
+        return work()
+
+    def capture(self, work: Callable[[], Tensor]) -> tuple[Work, Tensor | None]:
+        return work, None
+
+    def seconds(self, work: Work, times: int) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            work()
+        return (time.perf_counter() - start) / times
+
+    def healthy(self) -> bool:
+        return True
+
+    def roof(self) -> dict[str, list[float]]:
+        return _roof(self, copied=1 << 20, side=64, runs=1, samples=3)
+
+
+def _roof(machine: Machine, *, copied: int, side: int, runs: int, samples: int) -> dict[str, list[float]]:
+    """Samples of a large copy, bytes read and written, and of a matrix product, both of random data."""
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, device=machine.device, dtype=machine.dtype)
+
+    source = random(copied // machine.dtype.itemsize)
+    target = torch.empty_like(source)
+    left, right = random(side, side), random(side, side)
+    product = torch.empty_like(left)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    def multiply() -> None:
+        torch.mm(left, right, out=product)
+
+    found = {}
+    for name, work, amount in (("copy", copy, 2 * copied), ("matmul", multiply, 2 * side**3)):
+        for _ in range(3):
+            machine.seconds(work, runs)
+        found[name] = [amount / machine.seconds(work, runs) for _ in range(samples)]
+    return found
+
+
+class BrokenDeviceError(RuntimeError):
+    """A side has left the device unusable."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error for a record; what is not kept of it are the frames that hold memory."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+class Ready:
+    """A side that passed its checks, and how it is timed."""
+
+    def __init__(self, run: Work, calls: int, seconds: float) -> None:
+        self.run, self.calls = run, calls
+        self.times = max(1, min(MOST_REPLAYS, math.ceil(LONG_ENOUGH / max(seconds, 1e-9))))
+        self.estimate = seconds * self.times + LONG_ENOUGH
+
+
+def _checked(problem: Problem, out: Tensor, wanted: dict[int, Tensor], tolerance: float) -> dict[str, Any]:
+    """For the record: the error, and ``status`` if the side is wrong."""
+    error = relative_error(problem, out, wanted)
+    record: dict[str, Any] = {"error": error if math.isfinite(error) else None, "tolerance": tolerance}
+    if not error <= tolerance:
+        record |= {"status": "wrong", "why": f"relative error {error:.3g}, allowed {tolerance:g}"}
+    return record
+
+
+def make_ready(
+    machine: Machine, problem: Problem, side: Side, wanted: dict[int, Tensor], tolerance: float
+) -> tuple[dict[str, Any], Ready | None]:
+    """Prepare, check, capture, and check what was captured; the record, and what is to be timed."""
+    record: dict[str, Any] = {}
+    try:
+        prepared = side.prepare(problem)
+        compute = prepared.compute
+        if prepared.apart:
+            record["apart"] = dict(prepared.apart)
+        record |= _checked(problem, machine.first(lambda: compute(*problem.sets[0])), wanted, tolerance)
+        if "status" in record:
+            return record, None
+        call = machine.seconds(lambda: compute(*problem.sets[0]), 1)
+        count = len(problem.sets)
+        passes = 1 if call > SLOW_CALL else math.ceil(MIN_CALLS / count)
+        order = [*range(1, count), 0] * passes  # the last one is the one that can be checked
+
+        def run() -> Tensor:
+            out = problem.sets[0][0]
+            for turn in order:
+                out = compute(*problem.sets[turn])
+            return out
+
+        replay: Work = run
+        record["graph"] = machine.device.type == "cuda"
+        try:
+            replay, last = machine.capture(run)
+        except Exception as error:
+            if not machine.healthy():
+                raise
+            record |= {"graph": False, "why": f"not captured, timed without a graph: {first_line(error)}"}
+        else:
+            if last is not None:
+                last.fill_(torch.nan)
+                replay()
+                again = _checked(problem, last, wanted, tolerance)
+                if "status" in again:
+                    return {**record, **again, "why": f"replayed: {again['why']}"}, None
+        machine.seconds(replay, 1)
+        seconds = machine.seconds(replay, 1)
+    except Exception as error:
+        why = first_line(error)
+        if not machine.healthy():
+            raise BrokenDeviceError(f"{problem.shape}; {side.name}: {why}") from None
+        return {**record, "status": "failed", "why": why}, None
+    return {**record, "status": "timed", "calls": len(order)}, Ready(replay, len(order), seconds)
+
+
+class Schedule:
+    """Shares the time that is left among the shapes that are left."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds - min(RESERVE, seconds / 10)
+        self.longest_compilation = 0.0
+
+    def slice_end(self, shapes_left: int) -> float | None:
+        """When the next shape has to be done; None if there is no time for it."""
+        now = time.monotonic()
+        return now + (self._end - now) / shapes_left if now < self._end else None
+
+    def allows_compilation(self, end: float) -> bool:
+        return time.monotonic() + self.longest_compilation < end
+
+
+def time_shape(
+    machine: Machine, problem: Problem, sides: Sequence[Side], schedule: Schedule, end: float
+) -> dict[str, dict[str, Any]]:
+    """The records of all sides at one shape."""
+    wanted, tolerance = reference(problem), TOLERANCE[machine.dtype]
+    records: dict[str, dict[str, Any]] = {}
+    ready: dict[str, Ready] = {}
+    for side in sides:
+        if side.compiles and not schedule.allows_compilation(end):
+            why = f"compiling it takes up to {schedule.longest_compilation:.0f} s, which belong to other shapes"
+            records[side.name] = {"status": "skipped", "why": why}
+            continue
+        start = time.monotonic()
+        records[side.name], one = make_ready(machine, problem, side, wanted, tolerance)
+        if one is not None:
+            ready[side.name] = one
+        if side.compiles:
+            schedule.longest_compilation = max(schedule.longest_compilation, time.monotonic() - start)
+    names = list(ready)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    least, most = machine.rounds
+    whole = sum(one.estimate for one in ready.values())
+    rounds = max(least, min(most, int((end - time.monotonic()) / whole))) if names else 0
+    for turn in range(rounds):
+        if turn >= least and time.monotonic() > end:
+            break
+        for place in range(len(names)):
+            name = names[(turn + place) % len(names)]
+            one = ready[name]
+            samples[name].append(machine.seconds(one.run, one.times) / one.calls)
+    for name in names:
+        records[name] |= {"replays": ready[name].times, "seconds": samples[name]}
+    return records
+
+
+def versions() -> dict[str, str | None]:
+    """Of what figures depend on; None for what is not there."""
+
+    def of(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda,
+        "Triton": of("triton"),
+        "flash-attn": of("flash-attn"),
+        "FlashInfer": of("flashinfer-python"),
+        "Python": platform.python_version(),
+        "lbr_kernels": lbr_kernels.__version__,
+    }
+
+
+def method(machine: Machine) -> str:
+    """How it was measured, for the record and the table."""
+    if machine.device.type != "cuda":
+        return "Two sets of buffers in turn, host clock, sides in turns."
+    return (
+        f"Sets of buffers in turn, in all more than {COLD} times the {machine.cache_bytes / 1e6:.0f} MB of L2 (one set "
+        "where that is enough), so that caches are cold; CUDA graphs of at least one pass over the sets, timed by "
+        "events behind a waiting kernel, all sides in turns; outputs checked against the fp32 reference before and "
+        f"after capture (relative error of every head and node at most {TOLERANCE[machine.dtype]:g})."
+    )
+
+
+@torch.no_grad()
+def measure(
+    machine: Machine,
+    shapes: Sequence[Shape],
+    sides: Sequence[Side],
+    missing: dict[str, str],
+    seconds: float,
+    *,
+    dry_run: bool,
+    quick: bool,
+    keep: Callable[[dict[str, Any]], object],
+) -> dict[str, Any]:
+    """The whole run; ``keep`` is given what is known after every shape."""
+    schedule = Schedule(seconds)
+    data: dict[str, Any] = {
+        "benchmark": "attention", "dry_run": dry_run, "quick": quick, "complete": False, "aborted": None,
+        "date": date.today().isoformat(), "device": machine.describe(), "versions": versions(),
+        "dtype": str(machine.dtype).removeprefix("torch."), "method": method(machine),
+        "roof": [machine.roof()], "not_available": missing, "skipped": [], "shapes": [], "preference": [],
+    }  # fmt: skip
+    for index, shape in enumerate(shapes):
+        end = schedule.slice_end(len(shapes) - index)
+        free = machine.free_bytes()
+        size = set_bytes(shape, machine.dtype)
+        why = None
+        if end is None:
+            why = "the time was used up"
+        elif size > free / 4:
+            why = f"one set has {size / 1e9:.3g} GB, more than a quarter of the {free / 1e9:.3g} GB that are free"
+        if why is not None or end is None:
+            data["skipped"].append({"shape": str(shape), "why": why})
+            say(f"{shape}: skipped: {why}")
+            continue
+        used = shape.cache_bytes(machine.dtype)
+        sets = max(2 if machine.cache_bytes == 0 else 1, COLD * machine.cache_bytes // used + 1)
+        sets = max(1, min(sets, int(free / 4 / size)))
+        try:
+            problem = make_problem(shape, sets, machine.device, machine.dtype, seed=index)
+            records = time_shape(machine, problem, sides, schedule, end)
+        except Exception as error:
+            data["aborted"] = f"{shape}: {first_line(error)}"
+            say(f"aborted: {data['aborted']}")
+            break
+        finally:
+            problem = None  # type: ignore[assignment]
+        data["shapes"].append({
+            "shape": shape.describe(), "cache_bytes": used, "bytes": shape.bytes(machine.dtype), "flops": shape.flops(),
+            "sets": sets, "cold": sets * used > COLD * machine.cache_bytes, "seed": index, "sides": records,
+        })  # fmt: skip
+        data["preference"] = gpu_report.preference(data["shapes"])
+        keep(data)
+        _say_shape(shape, data["shapes"][-1])
+    if data["aborted"] is None:
+        machine.free_bytes()
+        data["roof"].append(machine.roof())
+        data["complete"] = True
+    return data
+
+
+def _say_shape(shape: Shape, entry: dict[str, Any]) -> None:
+    parts = []
+    for name, side in entry["sides"].items():
+        timed = side["status"] == "timed"
+        what = f"{number(1e6 * gpu_report.seconds(entry, name))} µs" if timed else side["status"].upper()
+        parts.append(f"{name} {what}")
+    say(f"{shape}: {'; '.join(parts)}")
+
+
+def troubles(data: dict[str, Any]) -> list[str]:
+    """What makes the command end with 1: wrong sides, failures of ours, an abort."""
+    found = [f"aborted: {data['aborted']}"] if data["aborted"] else []
+    for entry in data["shapes"]:
+        for name, side in entry["sides"].items():
+            if side["status"] == "wrong" or (side["status"] == "failed" and name.startswith("ours")):
+                found.append(f"{gpu_report.shape_name(entry)}; {name}: {side['status']}: {side['why']}")
+    return found
+
+
+def stem_of(data: dict[str, Any]) -> str:
+    """``<date>-<device>-attention``; a selection is named so, lest it take a whole run's place."""
+    device = re.sub(r"[^a-z0-9]+", "-", data["device"]["name"].lower()).strip("-")
+    return f"{data['date']}-{device}-attention{'-quick' if data['quick'] else ''}"
+
+
+def write_json(data: dict[str, Any], directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{stem_of(data)}.json"
+    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+@app.command()
+def attention(
+    out: Annotated[
+        Path | None, typer.Option(help="Where JSON, table and plot go; bench/results by default.", file_okay=False)
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A small selection of the shapes.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="No GPU: tiny shapes on the CPU; keeps nothing unless --out is given.")
+    ] = False,
+    minutes: Annotated[float, typer.Option(help="All that follows Python's start.", min=0.1)] = 7.5,
+) -> None:
+    """Measure ops.tree_attention against the other ways of computing it; ends with 1 if anything is wrong."""
+    if dry_run and out is not None and out.resolve() == RESULTS.resolve():
+        raise typer.BadParameter("a dry run has no place in bench/results")
+    if not dry_run and not torch.cuda.is_available():
+        say("no GPU: torch.cuda.is_available() is False; --dry-run exercises the script on a CPU")
+        raise typer.Exit(2)
+    started = time.monotonic()
+    machine: Machine = DryRun() if dry_run else Gpu()
+    # Every shape has a compiled variant of its own, and beyond the limit nothing would be compiled.
+    torch._dynamo.config.recompile_limit = 1000
+    sides, missing = sides_for(machine.device)
+    shapes = DRY if dry_run else QUICK if quick else SHAPES
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = out or (Path(scratch) if dry_run else RESULTS)
+        data = measure(
+            machine, shapes, sides, missing, 60 * minutes - (time.monotonic() - started), dry_run=dry_run, quick=quick,
+            keep=lambda known: write_json(known, directory),
+        )  # fmt: skip
+        path = write_json(data, directory)
+        run = gpu_report.Run.load(path)
+        text = gpu_report.tables(run)
+        path.with_suffix(".md").write_text(text)
+        gpu_report.draw(run, path.with_suffix(".svg"))
+        say(text)
+        if directory.resolve() == RESULTS.resolve():
+            write_page()
+        if not dry_run or out is not None:
+            say(f"{path}, table and plot beside it")
+    found = troubles(data)
+    for line in found:
+        say(line)
+    if found:
+        raise typer.Exit(1)
+
+
+def write_page() -> Path:
+    """The results page, made from the runs in bench/results."""
+    page = RESULTS / PAGE
+    page.write_text(gpu_report.results_page(gpu_report.kept_runs(RESULTS)))
+    return page
+
+
+@app.command()
+def results() -> None:
+    """Write bench/results/gpu.md from the runs that are kept."""
+    say(str(write_page()))
+
+
+if __name__ == "__main__":
+    app()
