@@ -25,7 +25,9 @@ def compile_kernels(sources: Sequence[Path], namespace: str) -> ModuleType:
     library.define("set_flags(Tensor(a!) word) -> ()")
     for op in OPS:
         arguments, result = _registry.SCHEMAS[op].rsplit(" -> ", 1)
-        library.define(f"{op}{arguments[:-1]}, int isa=0) -> {result}")
+        library.define(f"{op}{arguments[:-1]}, int isa=0) -> {result}", tags=torch.Tag.pt2_compliant_tag)
+        fake = _registry.FAKES[op]
+        torch.library.register_fake(f"{namespace}::{op}", lambda *a, isa=0, f=fake, **k: f(*a, **k), lib=library)
     _libraries.append(library)
     getattr(torch.ops, namespace).set_flags(_flags.word(torch.device("cpu")))
     return module

@@ -296,6 +296,25 @@ def test_refused_in_the_same_words(backend, case):
                 assert now.equal(was) or now.isnan().any(), f"{name} was written to"
 
 
+# Values lie on the device, where tests/test_tree_attention_cuda.py has them; types that it does not take come first.
+ELSEWHERE = ("length past the buffer", "negative length", "num_nodes", "query dtype", "key dtype")
+ON_CUDA = [case for case, ((op, _), _) in TABLE.items() if op is ops.tree_attention and case not in ELSEWHERE]
+
+
+def halved(tensor):
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.half).copy_(tensor)
+
+
+@pytest.mark.parametrize("case", ON_CUDA)
+def test_cuda_refuses_in_the_same_words(case):
+    (op, arguments), message = TABLE[case]
+    tensors = ("query", "key_cache", "value_cache")
+    arguments = {name: halved(value) if name in tensors else value for name, value in arguments.items()}
+    with pytest.raises(RuntimeError) as error:
+        op(**arguments, backend="cuda-simt")
+    assert str(error.value) == f"{op.__name__}: {message}"
+
+
 @pytest.mark.parametrize("name", ["tree_attention", "commit_", "sample_children", "route"])
 def test_backends_by_name_do_not_fall_back(name):
     op, arguments = {"tree_attention": attention, "commit_": commit, "sample_children": sample, "route": routing}[

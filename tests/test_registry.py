@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import simt_backend
 import torch
+from support import device_of, to_device
 from test_bad_input import attention, commit, product, routing, sample, top
 
 from lbr_kernels import ops
+from lbr_kernels.ops import _preferences
+from lbr_kernels.ops._backends import BACKENDS
+from lbr_kernels.ops.tree_attention import gpu_backends
 
 
 def op_arguments(name):
@@ -51,6 +56,44 @@ def test_opcheck_of_the_reference(name):
         library.impl(name, lambda *a, isa=0, **k: reference(*a, **k), "CompositeExplicitAutograd")
         library._register_fake(name, lambda *a, isa=0, **k: None if name == "commit_" else reference(*a, **k))
         torch.library.opcheck(getattr(torch.ops.lbr_kernels_test, name).default, args, kwargs)
+
+
+@pytest.mark.parametrize("backend", [simt_backend.NAME, "triton"])
+def test_opcheck_of_the_gpu_kernels(backend):
+    """On the CPU: the CUDA kernel on the shim, the Triton kernel in the interpreter."""
+    device = device_of(backend)
+    assert ops.backends(device)["tree_attention"][backend] is None
+    args, kwargs = op_arguments("tree_attention")
+    args = [to_device(a.half() if a.is_floating_point() else a, device) for a in args]
+    kwargs = {name: to_device(value, device) for name, value in kwargs.items()}
+    torch.library.opcheck(BACKENDS[backend].overload("tree_attention"), args, kwargs)
+
+
+def test_which_gpu_kernels_take_a_tensor():
+    """The order that backend=None tries on a GPU: by measured preference, and only what takes the tensors."""
+
+    def order(D=64, dtype=torch.half, Dv=None, **change):
+        query, key = torch.zeros(1, 4, 3, D, dtype=dtype), torch.zeros(1, 2, 9, D, dtype=dtype)
+        value = torch.zeros(1, 2, 9, Dv or D, dtype=dtype)
+        given = {"query": query, "key_cache": key, "value_cache": value}
+        return gpu_backends(**{**given, **change})
+
+    assert order() == order(D=128, Dv=80, dtype=torch.bfloat16) == ("cuda", "triton")
+    assert order(D=20) == order(Dv=4) == order(dtype=torch.float32) == ("triton",)
+    assert order(key_cache=torch.zeros(1, 2, 9, 72).half()[..., 3:67]) == ("triton",)
+    assert order(D=264) == order(dtype=torch.float64) == ()
+
+
+@pytest.mark.parametrize(("rows", "head_size"), [(3, 64), (16, 65), (17, 128), (129, 256)])
+def test_preferences(monkeypatch, rows, head_size):
+    assert _preferences.tree_attention(rows, head_size) == ("cuda", "triton")
+    classes = (
+        next((r for r in _preferences.ROWS if rows <= r), 128),
+        next(h for h in _preferences.HEAD_SIZES if head_size <= h),
+    )
+    monkeypatch.setitem(_preferences.TREE_ATTENTION, classes, "triton")
+    assert _preferences.tree_attention(rows, head_size) == ("triton", "cuda")
+    assert _preferences.tree_attention(200 if rows <= 64 else 3, head_size) == ("cuda", "triton")
 
 
 @pytest.mark.parametrize("make", [attention, sample, top, routing, product])

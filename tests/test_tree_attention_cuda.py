@@ -135,9 +135,7 @@ def test_shared_memory_of_every_tile(simt, head, rows):
 def test_a_device_with_little_shared_memory(simt):
     simt.configure(shared_bytes_per_block=99 * 1024, shared_bytes_per_multiprocessor=100 * 1024)
     assert attend(problem(D=128, Dv=128, dtype=torch.half))[0].isfinite().all()
-    with pytest.raises(
-        RuntimeError, match=r"which takes \d+ bytes of shared memory, expected at most 101376"
-    ):
+    with pytest.raises(RuntimeError, match=r"which takes \d+ bytes of shared memory, expected at most 101376"):
         attend(problem(D=192, Dv=128, dtype=torch.half))
 
 
