@@ -175,6 +175,26 @@ def test_nothing_is_shared_between_instruction_sets(tmp_path):
         assert not [line for line in weak if f"lbr::{isa}::" not in line]
 
 
+def test_the_cuda_extension_compiles_and_links(tmp_path):
+    """All of it by nvcc, for one architecture; of torch it needs the stable ABI alone, so one binary serves them all."""
+    if shutil.which("nvcc") is None or shutil.which("nm") is None:
+        pytest.skip("nvcc or nm is not installed")
+    from torch.utils.cpp_extension import include_paths
+
+    library = tmp_path / "library.so"
+    host = ",".join(["-fPIC", *(flag for flag in _extension.CUDA.cxx_flags() if flag.startswith("-f"))])
+    macros = [flag for flag in _extension.CUDA.cxx_flags() if flag.startswith("-D")]
+    folders = [f"-I{folder}" for folder in include_paths()]
+    options = [*_extension.CUDA.nvcc_flags(), *macros, "-arch=sm_90", "-shared", "-Xcompiler", host, *folders]
+    subprocess.run(["nvcc", *options, *_extension.CUDA.sources(), "-o", library], check=True, timeout=600)
+    command = ["nm", "-D", "--undefined-only", library]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    wanted = {line.split()[-1] for line in listing.splitlines() if line.split()[0] == "U"}
+    of_torch = {name for name in wanted if "torch" in name or "c10" in name or "at6" in name or "2at" in name}
+    assert of_torch
+    assert [name for name in of_torch if not name.startswith(("aoti_torch_", "torch_"))] == []
+
+
 def test_setuptools_is_new_enough():
     """pyproject.toml names the licence as an expression, which older ones do not read."""
     assert int(setuptools_version.split(".")[0]) >= 77

@@ -254,10 +254,11 @@ def test_last_bit_of_a_word(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bits_beyond_the_tree_are_ignored(backend):
-    p = problem_for(backend, T=5, N=5)
+@pytest.mark.parametrize("T", [5, 63, 70, 127])
+def test_bits_beyond_the_tree_are_ignored(backend, T):
+    p = problem_for(backend, T=T, N=5)
     want = attend(**p, window=6, backend=backend)
-    p["ancestors"] = p["ancestors"] | (-1 << 5)
+    p["ancestors"][..., -1] |= -1 << T % 64
     assert torch.equal(attend(**p, window=6, backend=backend), want)
 
 

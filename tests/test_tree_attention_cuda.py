@@ -42,6 +42,23 @@ def test_every_tile_on_devices_of_every_size(simt, head, rows):
             torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("longest", [900, 3000, 40_000])
+def test_merges_in_one_two_and_three_rounds(simt, longest):
+    """Parts are merged eight at a time."""
+    p = problem(B=2, Hk=1, group=4, N=3, T=3, D=64, Dv=64, longest=longest, dtype=torch.float16)
+    wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in p.items()}
+    want, want_lse = ops.tree_attention_ref(**wide)
+    plain, _ = ops.tree_attention_ref(**p)
+    multiprocessors = {900: 2, 3000: 20, 40_000: 132}[longest]
+    parts = simt.choose_splits(tiles=2, key_tiles=longest // 64, slots=3 * multiprocessors, merge_cost=0.05)
+    assert (parts > 8) + (parts > 64) == {900: 0, 3000: 1, 40_000: 2}[longest]
+    simt.configure(multiprocessors=multiprocessors)
+    for _ in range(2):  # the second finds the counters that the first has left
+        out, lse = attend(p)
+        assert_within_budget(out, want, plain, roundings=4)
+        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_schedule_changes_a_bit(simt, variant):
     """Whichever thread and block comes first, and whichever block merges: the bits are the same."""

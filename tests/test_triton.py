@@ -370,4 +370,4 @@ def test_kernels_compile_without_spills():
     assert done.returncode == 0, done.stderr
     (record,) = json.loads(done.stdout)
     assert record["spill_bytes"] == 0
-    assert record["blocks_per_sm"] >= 3
+    assert record["blocks_per_sm"] >= 2

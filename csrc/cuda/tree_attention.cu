@@ -48,15 +48,17 @@ std::string tree_attention_unsupported(const TreeAttentionParams& p, const Devic
 }
 
 int choose_splits(int64_t tiles, int64_t key_tiles, int64_t slots, double merge_cost) {
-  // The time of a block in key tiles: those it reads, and about two for its start and its end. Where parts are merged
-  // the last block of a row tile reads them all, one after the other.
+  // Time in key tiles: those that a block reads, and about two for its start and its end; then, in each round of the
+  // merge, one for finding out who is last, and the parts that this block reads.
   constexpr int kMaxSplits = 128;
-  constexpr double kBlockCost = 2;
+  constexpr double kBlockCost = 2, kRoundCost = 1;
   int best = 1;
   double least = 0;
   for (int splits = 1; splits <= std::min<int64_t>(kMaxSplits, std::max<int64_t>(key_tiles, 1)); ++splits) {
     const int64_t waves = (tiles * splits + slots - 1) / slots, longest = (key_tiles + splits - 1) / splits;
-    const double time = waves * (longest + kBlockCost) + (splits > 1 ? kBlockCost + splits * merge_cost : 0);
+    double time = waves * (longest + kBlockCost);
+    for (int parts = splits; parts > 1; parts = (parts + kFanIn - 1) / kFanIn)
+      time += kRoundCost + std::min(parts, kFanIn) * merge_cost;
     if (splits > 1 && time >= least) continue;
     best = splits;
     least = time;
@@ -73,12 +75,13 @@ TreeAttentionPlan plan_tree_attention(const TreeAttentionParams& p, const Device
       std::clamp<int64_t>(device.shared_bytes_per_multiprocessor / (tile.shared_bytes() + kSharedBytesReservedPerBlock),
                           1, tile.resident_blocks);
   const int64_t tiles = p.batch * p.kv_heads * row_tiles;
-  // In bytes: a part's sums in fp32 against a tile of keys and values.
-  const double merge_cost =
-      double(std::min<int64_t>(rows, tile.rows)) * p.value_dim * 4 / (tile.keys * (p.head_dim + p.value_dim) * 2.0);
+  // In bytes, a part's sums in fp32 against a tile of keys and values; but parts come out of L2, to the few blocks that
+  // still run, which is taken to be four times as fast.
+  const double part_bytes = double(std::min<int64_t>(rows, tile.rows)) * p.value_dim * 4;
+  const double merge_cost = part_bytes / (tile.keys * (p.head_dim + p.value_dim) * 2.0) / 4;
   const int64_t splits = choose_splits(tiles, key_tiles, device.multiprocessors * resident, merge_cost);
-  const int64_t parts = splits > 1 ? tiles * splits * tile.rows : 0;
-  return {tile, int(row_tiles), int(splits), parts * (p.value_dim + 2), splits > 1 ? tiles : 0};
+  const int64_t parts = splits > 1 ? tiles * parts_of(int(splits)) : 0;
+  return {tile, int(row_tiles), int(splits), parts * tile.rows * (p.value_dim + 2), parts};
 }
 
 void tree_attention(const TreeAttentionParams& params, const TreeAttentionPlan& plan,

@@ -2,8 +2,8 @@
 //
 // A row is a query node and one of the query heads that read this key head, so that any ratio of heads fills the same
 // matrix tile. A block of threads takes up to TileShape::rows rows of one sequence and one key head, and a part of the
-// slots that they see; the parts' results are merged by the last block to arrive, in the order of the parts, whoever
-// that is. Lengths, masks and counts are read here and nowhere on the host: a captured launch stays right when they
+// slots that they see; the parts' results are merged by the last blocks to arrive, in the order of the parts, whoever
+// they are. Lengths, masks and counts are read here and nowhere on the host: a captured launch stays right when they
 // change.
 //
 // Keys and values come in tiles of TileShape::keys slots, copied asynchronously, `stages` - 1 tiles ahead of the one
@@ -408,29 +408,39 @@ class TreeAttentionBlock {
     for_each_chunk([&](int row, int column) {
       float values[8];
       const OnlineSoftmax state = merge_warps(row, column, values);
-      Float4* part = part_values(split_, row, column);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) part[i / 4].v[i % 4] = values[i];
-      if (column == 0) {
-        part_state(split_, row)[0] = state.top;
-        part_state(split_, row)[1] = state.sum;
+      store_part(split_, row, column, state, values);
+    });
+    // In each round neighbouring parts are merged in groups, by the block of the group that arrives last; it goes on
+    // with the result in the next round, until one part is left.
+    int part = split_, parts = parts_, round = 0;  // `round` is where this round's parts begin in the workspace
+    while (true) {
+      const int group = part / kFanIn, first = group * kFanIn, members = min(kFanIn, parts - first);
+      block_barrier();  // this block's part is written
+      if (thread_index() == 0) {
+        unsigned* const arrivals = launch_.workspace.arrivals + row_tile_ * parts_of(launch_.splits) + round + group;
+        fence();
+        *is_last() = atomic_add(arrivals, 1) == unsigned(members - 1);
+        fence();
+        if (*is_last()) *arrivals = 0;  // for the next launch
       }
-    });
-    block_barrier();  // this block's part is written
-    if (thread_index() == 0) {
-      unsigned* const arrivals = launch_.workspace.arrivals + row_tile_;
-      fence();
-      *is_last() = atomic_add(arrivals, 1) == unsigned(parts_ - 1);
-      fence();
-      if (*is_last()) *arrivals = 0;  // for the next launch
+      block_barrier();  // all know whether the group's other parts are there
+      if (!*is_last()) return;
+      const bool done = parts <= kFanIn;
+      const int next = round + parts + group;
+      for_each_chunk([&](int row, int column) {
+        float values[8];
+        const OnlineSoftmax state = merge_parts(round + first, members, row, column, values);
+        if (done) {
+          write(row, column, state, values);
+        } else {
+          store_part(next, row, column, state, values);
+        }
+      });
+      if (done) return;
+      round += parts;
+      part = group;
+      parts = (parts + kFanIn - 1) / kFanIn;
     }
-    block_barrier();  // all know whether the other parts are there
-    if (!*is_last()) return;
-    for_each_chunk([&](int row, int column) {
-      float values[8];
-      const OnlineSoftmax state = merge_parts(row, column, values);
-      write(row, column, state, values);
-    });
   }
 
   // Calls f(row, column) for every eighth column of the results of this block's rows.
@@ -473,30 +483,49 @@ class TreeAttentionBlock {
 
   // A part's results in the workspace: all states first, then all sums.
   LBR_DEVICE int64_t part_row(int part, int row) const {
-    return (int64_t(row_tile_) * launch_.splits + part) * kRows + row;
+    return (int64_t(row_tile_) * parts_of(launch_.splits) + part) * kRows + row;
   }
   LBR_DEVICE float* part_state(int part, int row) const { return launch_.workspace.partials + part_row(part, row) * 2; }
   LBR_DEVICE Float4* part_values(int part, int row, int column) const {
-    const int64_t all = p_.batch * p_.kv_heads * launch_.row_tiles * launch_.splits * kRows;
+    const int64_t all = p_.batch * p_.kv_heads * launch_.row_tiles * parts_of(launch_.splits) * kRows;
     float* const values = launch_.workspace.partials + 2 * all;
     return reinterpret_cast<Float4*>(values + part_row(part, row) * p_.value_dim + column);
   }
 
-  LBR_DEVICE OnlineSoftmax merge_parts(int row, int column, float (&values)[8]) const {
-    OnlineSoftmax state;
+  LBR_DEVICE void store_part(int part, int row, int column, OnlineSoftmax state, const float (&values)[8]) const {
+    Float4* to = part_values(part, row, column);
+    to[0] = {{values[0], values[1], values[2], values[3]}};
+    to[1] = {{values[4], values[5], values[6], values[7]}};
+    if (column > 0) return;
+    part_state(part, row)[0] = state.top;
+    part_state(part, row)[1] = state.sum;
+  }
+
+  // The union of parts first .. first + members - 1. All of them are on their way before the first is needed.
+  LBR_DEVICE OnlineSoftmax merge_parts(int first, int members, int row, int column, float (&values)[8]) const {
+    Float4 others[kFanIn][2];
+    OnlineSoftmax states[kFanIn];
+#pragma unroll
+    for (int i = 0; i < kFanIn; ++i) {
+      if (i >= members) continue;
+      const Float4* from = part_values(first + i, row, column);
+      others[i][0] = load_shared_by_blocks(from);
+      others[i][1] = load_shared_by_blocks(from + 1);
+      const float* state = part_state(first + i, row);
+      states[i] = {load_shared_by_blocks(state), load_shared_by_blocks(state + 1)};
+    }
+    OnlineSoftmax all;
 #pragma unroll
     for (int i = 0; i < 8; ++i) values[i] = 0;
-#pragma unroll 4
-    for (int part = 0; part < parts_; ++part) {
-      const float* other = part_state(part, row);
-      const Float4* others = part_values(part, row, column);
-      const Float4 loaded[2] = {load_shared_by_blocks(others), load_shared_by_blocks(others + 1)};
-      float keep, add;
-      merge(state, {load_shared_by_blocks(other), load_shared_by_blocks(other + 1)}, keep, add);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] = values[i] * keep + loaded[i / 4].v[i % 4] * add;
+    for (int i = 0; i < kFanIn; ++i) {
+      if (i >= members) continue;
+      float keep, add;
+      merge(all, states[i], keep, add);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) values[j] = values[j] * keep + others[i][j / 4].v[j % 4] * add;
     }
-    return state;
+    return all;
   }
 
   LBR_DEVICE void write(int row, int column, OnlineSoftmax state, float (&values)[8]) const {

@@ -61,6 +61,16 @@ constexpr int tile_rows(int head, int64_t rows) {
   return rows <= 32 ? 32 : rows <= 64 ? 64 : 128;
 }
 
+// Parts are merged kFanIn at a time, in rounds.
+constexpr int kFanIn = 8;
+
+// How many parts there are in all rounds together, when there are `parts` in the first.
+LBR_HOST_DEVICE constexpr int parts_of(int parts) {
+  int all = parts;
+  while (parts > kFanIn) all += parts = (parts + kFanIn - 1) / kFanIn;
+  return all;
+}
+
 struct TreeAttentionPlan {
   TileShape tile;
   int row_tiles;  // per row of the batch and key head
@@ -83,8 +93,8 @@ std::string tree_attention_unsupported(const TreeAttentionParams& params, const 
 // Chosen from shapes and device alone: lengths and counts lie in the device's memory.
 TreeAttentionPlan plan_tree_attention(const TreeAttentionParams& params, const Device& device);
 
-// How many parts each of `tiles` row tiles' `key_tiles` shall be split into if `slots` blocks run at a time. Merging
-// one part costs as much as `merge_cost` key tiles.
+// How many parts each of `tiles` row tiles' `key_tiles` shall be split into if `slots` blocks run at a time. Reading
+// one part to merge it costs as much as `merge_cost` key tiles.
 int choose_splits(int64_t tiles, int64_t key_tiles, int64_t slots, double merge_cost);
 
 // One launch. Nothing is waited for, and nothing of what the pointers name is read on the host.

@@ -113,9 +113,10 @@ def _load_triton(device: torch.device) -> str | None:
             "triton is not installed (pip install 'lbr-kernels[triton]'); the nearest accepted backend is 'reference'"
         )
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type == "cpu" and not interpreting:
-        return "it takes tensors on cuda, got cpu; the nearest accepted backend is 'cpu'"
-    if device.type != "cpu" and (reason := _missing_gpu(device)) is not None:
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting):
+        nearest = "cpu" if device.type == "cpu" else "reference"
+        return f"it takes tensors on cuda, got {device}; the nearest accepted backend is {nearest!r}"
+    if device.type == "cuda" and (reason := _missing_gpu(device)) is not None:
         return reason
     from lbr_kernels.ops import _triton
 
