@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SETUP := pyproject.toml setup.py
 
-.PHONY: demo test test-sanitize lint format bench bench-quick bench-check clean help
+.PHONY: demo test test-full test-sanitize gpu-check gpu-resources lint format bench bench-quick bench-check clean help
 
 help:  ## This list.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,11 +34,25 @@ format: $(VENV)/.lint  ## Put all sources into shape.
 # The kernels are built again with the sanitizers' checks; their runtimes have to be in the process from the start.
 SANITIZED = LBR_KERNELS_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)"
-KERNEL_TESTS = $(addprefix tests/test_,tree_attention.py tree_attention_cuda.py simt.py commit.py sample_children.py \
-	route.py linear.py bad_input.py)
+KERNEL_TESTS = $(addprefix tests/test_,tree_attention.py commit.py sample_children.py route.py linear.py bad_input.py)
+CUDA_TESTS = $(addprefix tests/test_,tree_attention.py tree_attention_cuda.py simt.py)
 
-test-sanitize: $(VENV)/.test  ## The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, 1, 2, 4 threads.
-	set -e; for threads in 1 2 4; do OMP_NUM_THREADS=$$threads $(SANITIZED) $(BIN)/pytest -q --capture=sys $(KERNEL_TESTS); done
+test-sanitize: $(VENV)/.test  ## The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer; 1, 2, 4 threads.
+	set -e; for threads in 1 2 4; do OMP_NUM_THREADS=$$threads $(SANITIZED) \
+		$(BIN)/pytest -q --capture=sys $(KERNEL_TESTS) -k "not simt and not triton"; done
+	$(SANITIZED) $(BIN)/pytest -q --capture=sys $(CUDA_TESTS) -k "(simt or cuda) and not triton" --simt-seed=1
+
+test-full: test test-sanitize gpu-check  ## All of it: other schedules of the CUDA kernels too; 80 minutes at most.
+	set -e; for seed in 2 3 4 5 6 7 8 9; do \
+		$(BIN)/pytest -q $(CUDA_TESTS) tests/test_barriers.py -k "(simt or cuda or barriers) and not triton" --simt-seed=$$seed; done
+	$(SANITIZED) $(BIN)/pytest -q --capture=sys $(CUDA_TESTS) -k "(simt or cuda) and not triton" --simt-seed=10
+	$(BIN)/pytest -q bench
+
+gpu-check: $(VENV)/.test  ## Compile the GPU kernels for sm_80, 90, 100: registers, spills, occupancy; fails if one is worse.
+	$(BIN)/python bench/gpu_resources.py check
+
+gpu-resources: $(VENV)/.test  ## Keep what gpu-check finds, to compare with from now on.
+	$(BIN)/python bench/gpu_resources.py update
 
 bench: $(VENV)/.test  ## All benchmarks, 15 minutes at most on two cores; correctness first.
 	$(BIN)/lbr-kernels build

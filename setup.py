@@ -46,13 +46,20 @@ def build_arguments() -> dict[str, Any]:
 
     class OptionalBuild(BuildExtension):
         def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except Exception as error:
-                if forced:
-                    raise
-                self.extensions.clear()
-                print(f"lbr_kernels: not compiled now ({error}); they will be at first use", file=sys.stderr)
+            """One by one: what cannot be compiled now does not keep the others from it."""
+            built, extensions = [], list(self.distribution.ext_modules or [])
+            for one in extensions:
+                self.extensions = [one]
+                try:
+                    super().build_extensions()
+                    built.append(one)
+                except Exception as error:
+                    if forced:
+                        raise
+                    print(
+                        f"lbr_kernels: {one.name} not compiled now ({error}); it will be at first use", file=sys.stderr
+                    )
+            self.extensions = built
 
     root = Path(__file__).parent.resolve()
 
@@ -60,7 +67,10 @@ def build_arguments() -> dict[str, Any]:
         return make(
             f"lbr_kernels.{library.name()}",
             [str(path.relative_to(root)) for path in library.sources()],
-            extra_compile_args={"cxx": library.cxx_flags(), "nvcc": library.nvcc_flags()},
+            extra_compile_args={
+                "cxx": library.cxx_flags(),
+                "nvcc": [*library.nvcc_flags(), *library.architecture_flags()],
+            },
             extra_link_args=extension.link_flags(),
             py_limited_api=True,
             optional=not forced,

@@ -22,14 +22,14 @@ def compile_kernels(sources: Sequence[Path], namespace: str) -> ModuleType:
     flags = [flag for flag in _extension.CUDA.cxx_flags() if flag.startswith("-DTORCH_TARGET")]
     module = simt_build.build(sources, name=namespace, flags=[*flags, f"-DLBR_LIBRARY={namespace}"])
     library = torch.library.Library(namespace, "DEF")
-    library.define("set_flags(Tensor(a!) word) -> ()")
+    library.define("prepare(Tensor(a!) word) -> ()")
     for op in OPS:
         arguments, result = _registry.SCHEMAS[op].rsplit(" -> ", 1)
         library.define(f"{op}{arguments[:-1]}, int isa=0) -> {result}", tags=torch.Tag.pt2_compliant_tag)
         fake = _registry.FAKES[op]
         torch.library.register_fake(f"{namespace}::{op}", lambda *a, isa=0, f=fake, **k: f(*a, **k), lib=library)
     _libraries.append(library)
-    getattr(torch.ops, namespace).set_flags(_flags.word(torch.device("cpu")))
+    getattr(torch.ops, namespace).prepare(_flags.word(torch.device("cpu")))
     return module
 
 

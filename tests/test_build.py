@@ -176,7 +176,7 @@ def test_nothing_is_shared_between_instruction_sets(tmp_path):
 
 
 def test_the_cuda_extension_compiles_and_links(tmp_path):
-    """All of it by nvcc, for one architecture; of torch it needs the stable ABI alone, so one binary serves them all."""
+    """All of it by nvcc, for one architecture; of torch it needs the stable ABI alone."""
     if shutil.which("nvcc") is None or shutil.which("nm") is None:
         pytest.skip("nvcc or nm is not installed")
     from torch.utils.cpp_extension import include_paths

@@ -7,9 +7,10 @@ import simt_backend
 import torch
 from support import device_of, to_device
 from test_bad_input import attention, commit, product, routing, sample, top
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lbr_kernels import ops
-from lbr_kernels.ops import _preferences
+from lbr_kernels.ops import _flags, _preferences
 from lbr_kernels.ops._backends import BACKENDS
 from lbr_kernels.ops.tree_attention import gpu_backends
 
@@ -67,6 +68,19 @@ def test_opcheck_of_the_gpu_kernels(backend):
     args = [to_device(a.half() if a.is_floating_point() else a, device) for a in args]
     kwargs = {name: to_device(value, device) for name, value in kwargs.items()}
     torch.library.opcheck(BACKENDS[backend].overload("tree_attention"), args, kwargs)
+
+
+def test_flags_outlive_the_mode_of_the_first_call(monkeypatch):
+    """Generation runs in inference mode, tracing on fake tensors; the word that kernels write is neither's."""
+    monkeypatch.setattr(_flags, "_words", {})
+    with torch.inference_mode(), FakeTensorMode():
+        word = _flags.word(torch.device("cpu"))
+    assert type(word) is torch.Tensor
+    assert not word.is_inference()
+    word.fill_(3)
+    with pytest.raises(RuntimeError, match=r"prefix_lens was not in .*; tree_attention: a row's num_nodes was not in"):
+        ops.raise_if_flagged("cpu")
+    ops.raise_if_flagged("cpu")
 
 
 def test_which_gpu_kernels_take_a_tensor():

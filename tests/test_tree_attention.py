@@ -322,6 +322,23 @@ def test_any_scale(backend, scale, longest):
     assert_close(out, want)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
+@pytest.mark.parametrize("level", [-300.0, -100.0, -20.0, 60.0, 300.0])
+@pytest.mark.parametrize("window", [None, 3, 2**32, 2**63 - 1])
+def test_scores_of_any_level(backend, dtype, level, window):
+    """All scores far from zero, on either side: what is summed is relative to the largest. Any window is a window."""
+    p = problem(B=2, Hk=1, group=4, T=9, N=3, D=16, longest=500, dtype=dtype)
+    p["query"][..., 0] = 4.0 if level > 0 else -4.0
+    p["key_cache"][..., 0] = torch.where(p["key_cache"][..., 0].isnan(), torch.nan, abs(level))
+    out, lse = attend(**p, window=window, backend=backend, return_lse=True)
+    wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in p.items()}
+    want, want_lse = ops.tree_attention(**wide, window=window, backend="reference", return_lse=True)
+    # Rounding a score in fp32 moves its probability by so many roundings; in half precision that is nothing.
+    roundings = 8 + int(abs(level)) if dtype == torch.float32 else 8
+    assert_within_budget(out, want, plain_attention(p, {"window": window}), roundings=roundings)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_views(backend):
     """Queries as models make them, caches as slices of an arena: nothing needs to be dense but the last axis."""

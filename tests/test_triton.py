@@ -87,7 +87,7 @@ def test_error_budget(use_splits, variant, dtype, splits):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_any_shape(data):
     """Shapes, lengths, trees, dtypes, splits and features at random; NaN in whatever nobody sees."""
     draw = data.draw
@@ -140,10 +140,10 @@ def test_head_sizes(use_splits, D, Dv, dtype):
 
 
 @pytest.mark.parametrize("window", [None, 70])
-@pytest.mark.parametrize("T", [64, 65, 128, 150])
+@pytest.mark.parametrize("T", [64, 65, 150])
 def test_last_bit_of_a_word(T, window):
     """Only the last bit of a word, or the tree's last, is set: the sign bit must count, as a depth too."""
-    for bit, length in product({63, T - 1}, [0, 31, 37]):
+    for bit, length in product({63, T - 1}, [0, 37]):
         sees = torch.zeros(1, T, T, dtype=torch.bool)
         sees[0, :, bit] = True
         p = {

@@ -6,13 +6,21 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <map>
+#include <mutex>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "../checks.h"
 #include "../tree_attention.h"
 #include "tree_attention.h"
 #include "workspace.h"
+
+#ifndef LBR_SIMT
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#endif
 
 #ifdef LBR_SIMT
 #define LBR_KEY CPU  // and the build says LBR_LIBRARY
@@ -24,11 +32,29 @@
 namespace lbr {
 namespace {
 
-// Never destroyed: tensors must not outlive torch, which at the end of a process they would.
-gpu::Workspaces& workspaces() {
-  static auto* const kept = new gpu::Workspaces;
-  return *kept;
+gpu::Counters counters;
+
+// The word of each device into which kernels or their flags, as Python has handed it over.
+std::mutex flags_mutex;
+std::map<int32_t, int*> flags;
+
+int* flags_of(const Tensor& t) {
+  const std::lock_guard<std::mutex> lock(flags_mutex);
+  const auto found = flags.find(t.get_device());
+  if (found == flags.end()) throw std::runtime_error("this device was not made ready, expected prepare before");
+  return found->second;
 }
+
+#ifdef LBR_SIMT
+gpu::Stream current_stream(int32_t /*device*/) { return nullptr; }
+#else
+gpu::Stream current_stream(int32_t device) {
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS)
+    throw std::runtime_error("the current CUDA stream cannot be had");
+  return static_cast<gpu::Stream>(stream);
+}
+#endif
 
 // Makes the tensor's device the current one.
 class OnDeviceOf {
@@ -65,25 +91,31 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
   if (out.numel() == 0 && lse.numel() == 0) return {out, lse};
 
   const gpu::TreeAttentionPlan plan = gpu::plan_tree_attention(p, properties);
-  const gpu::Stream stream = gpu::current_stream(query.get_device());
-  gpu::TreeAttentionWorkspace workspace{nullptr, nullptr, workspaces().flags(query)};
+  const gpu::Stream stream = current_stream(query.get_device());
+  gpu::TreeAttentionWorkspace workspace{nullptr, nullptr, flags_of(query)};
   Tensor
       partials;  // back to torch's allocator at the end, which gives it to nobody before this stream has done with it
   if (plan.splits > 1) {
     partials = torch::stable::new_empty(query, {plan.partials}, ScalarType::Float);
     workspace.partials = static_cast<float*>(partials.mutable_data_ptr());
-    workspace.arrivals = workspaces().counters(query, stream, plan.arrivals);
+    workspace.arrivals = counters.take(query.get_device(), stream, plan.arrivals);
   }
   gpu::tree_attention(p, plan, workspace, stream);
   return {out, lse};
 }
 
-void set_flags(const Tensor& word) { workspaces().set_flags(word); }
+// Makes `word`, int32 [1] which Python keeps, the flags of its device. Throws where the kernels cannot run there.
+void prepare(const Tensor& word) {
+  const OnDeviceOf device(word);
+  gpu::require_tree_attention();
+  const std::lock_guard<std::mutex> lock(flags_mutex);
+  flags[word.get_device()] = static_cast<int*>(word.mutable_data_ptr());
+}
 
 }  // namespace
 }  // namespace lbr
 
 STABLE_TORCH_LIBRARY_IMPL(LBR_LIBRARY, LBR_KEY, m) {
   m.impl("tree_attention", TORCH_BOX(&lbr::tree_attention));
-  m.impl("set_flags", TORCH_BOX(&lbr::set_flags));
+  m.impl("prepare", TORCH_BOX(&lbr::prepare));
 }

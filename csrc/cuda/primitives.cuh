@@ -183,7 +183,9 @@ LBR_DEVICE int lowest_bit(uint64_t x) { return __ffsll(int64_t(x)) - 1; }  // of
 #endif
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next one to ask would be told
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 inline Device current_device() {
@@ -200,11 +202,44 @@ inline Device current_device() {
   return device;
 }
 
+// Throws where a kernel was not compiled for the current device.
+template <class Params>
+void require_kernel(void (*kernel)(Params)) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+}
+
+// Counters at zero in memory that is never freed, also while a stream of this thread is being captured.
+inline unsigned* allocate_counters(int64_t count) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  void* counters = nullptr;
+  cudaStream_t stream = nullptr;
+  cudaError_t error = cudaMalloc(&counters, count * sizeof(unsigned));
+  if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  if (error == cudaSuccess) error = cudaMemsetAsync(counters, 0, count * sizeof(unsigned), stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+  if (stream != nullptr) cudaStreamDestroy(stream);
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  check(error, "the counters' memory");
+  return static_cast<unsigned*>(counters);
+}
+
+// Whether the stream is part of a capture.
+inline bool is_capturing(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
 // Enqueues a launch. The kernel's parameters travel by value; nothing is waited for.
 template <class Params>
 void launch(void (*kernel)(Params), Grid grid, int threads, int shared_bytes, Stream stream, const Params& params) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         "cudaFuncAttributeMaxDynamicSharedMemorySize");
+  // Else the driver may leave too little of the L1 for as many blocks as were planned.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "cudaFuncAttributePreferredSharedMemoryCarveout");
   void* arguments[] = {const_cast<Params*>(&params)};
   check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid.x, grid.y, grid.z), dim3(threads), arguments,
                          shared_bytes, stream),

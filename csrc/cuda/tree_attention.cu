@@ -1,5 +1,6 @@
 // The host's side of tree_attention: what is supported, and how a launch is cut into blocks.
 #include <algorithm>
+#include <cstdint>
 #include <sstream>
 
 #include "tree_attention.h"
@@ -19,15 +20,15 @@ TileShape tile_for(const TreeAttentionParams& p) {
 std::string tree_attention_unsupported(const TreeAttentionParams& p, const Device& device) {
   std::ostringstream text;
   const auto head_size = [&](const char* name, int64_t size) {
-    if (size % 8 == 0 && size <= 256) return false;
+    if (size % 8 == 0 && size > 0 && size <= 256) return false;
     text << name << " has head size " << size << ", expected a multiple of 8 up to 256";
     return true;
   };
-  const auto placement = [&](const char* name, const void* data, const int64_t (&stride)[3]) {
+  const auto placement = [&](const char* name, const void* data, const int64_t (&stride)[3], const int64_t (&size)[3]) {
     // Copies take 16 bytes at a time.
-    for (int64_t step : stride)
-      if (step % 8 != 0) {
-        text << name << " has a stride of " << step << ", expected multiples of 8";
+    for (int axis = 0; axis < 3; ++axis)
+      if (size[axis] > 1 && stride[axis] % 8 != 0) {
+        text << name << " has a stride of " << stride[axis] << ", expected multiples of 8";
         return true;
       }
     if (reinterpret_cast<uintptr_t>(data) % 16 == 0) return false;
@@ -37,8 +38,9 @@ std::string tree_attention_unsupported(const TreeAttentionParams& p, const Devic
   if (p.dtype == DType::kFloat32) {
     text << "query has dtype torch.float32, expected torch.float16 or torch.bfloat16";
   } else if (!head_size("query", p.head_dim) && !head_size("value_cache", p.value_dim) &&
-             !placement("query", p.query, p.query_stride) && !placement("key_cache", p.keys, p.keys_stride) &&
-             !placement("value_cache", p.values, p.values_stride)) {
+             !placement("query", p.query, p.query_stride, {p.batch, p.q_heads, p.num_queries}) &&
+             !placement("key_cache", p.keys, p.keys_stride, {p.batch, p.kv_heads, p.slots}) &&
+             !placement("value_cache", p.values, p.values_stride, {p.batch, p.kv_heads, p.slots})) {
     const TileShape tile = tile_for(p);
     if (tile.shared_bytes() > device.shared_bytes_per_block)
       text << "query has head size " << std::max(p.head_dim, p.value_dim) << ", which takes " << tile.shared_bytes()
@@ -50,16 +52,18 @@ std::string tree_attention_unsupported(const TreeAttentionParams& p, const Devic
 int choose_splits(int64_t tiles, int64_t key_tiles, int64_t slots, double merge_cost) {
   // Time in key tiles: those that a block reads, and about two for its start and its end; then, in each round of the
   // merge, one for finding out who is last, and the parts that this block reads.
-  constexpr int kMaxSplits = 128;
-  constexpr double kBlockCost = 2, kRoundCost = 1;
+  constexpr int64_t kMaxSplits = 128;
+  constexpr double kBlockCost = 2, kRoundCost = 1, kWorthIt = 0.97;
+  // Two waves of blocks at most: more would only fill the workspace.
+  const int64_t most = std::min({kMaxSplits, (key_tiles + kLeastTiles - 1) / kLeastTiles, 2 * slots / tiles});
   int best = 1;
   double least = 0;
-  for (int splits = 1; splits <= std::min<int64_t>(kMaxSplits, std::max<int64_t>(key_tiles, 1)); ++splits) {
+  for (int splits = 1; splits <= std::max<int64_t>(most, 1); ++splits) {
     const int64_t waves = (tiles * splits + slots - 1) / slots, longest = (key_tiles + splits - 1) / splits;
     double time = waves * (longest + kBlockCost);
     for (int parts = splits; parts > 1; parts = (parts + kFanIn - 1) / kFanIn)
       time += kRoundCost + std::min(parts, kFanIn) * merge_cost;
-    if (splits > 1 && time >= least) continue;
+    if (splits > 1 && time >= least * kWorthIt) continue;
     best = splits;
     least = time;
   }
@@ -79,15 +83,17 @@ TreeAttentionPlan plan_tree_attention(const TreeAttentionParams& p, const Device
   // still run, which is taken to be four times as fast.
   const double part_bytes = double(std::min<int64_t>(rows, tile.rows)) * p.value_dim * 4;
   const double merge_cost = part_bytes / (tile.keys * (p.head_dim + p.value_dim) * 2.0) / 4;
+  const int tile_rows = int((rows + row_tiles - 1) / row_tiles);
   const int64_t splits = choose_splits(tiles, key_tiles, device.multiprocessors * resident, merge_cost);
   const int64_t parts = splits > 1 ? tiles * parts_of(int(splits)) : 0;
-  return {tile, int(row_tiles), int(splits), parts * tile.rows * (p.value_dim + 2), parts};
+  return {tile, int(row_tiles), tile_rows, int(splits), parts * tile.rows * (p.value_dim + 2), parts};
 }
 
 void tree_attention(const TreeAttentionParams& params, const TreeAttentionPlan& plan,
                     const TreeAttentionWorkspace& workspace, Stream stream) {
   if (params.batch == 0 || params.num_queries == 0) return;
-  const TreeAttentionLaunch launch{params, workspace, plan.row_tiles, plan.splits};
+  TreeAttentionLaunch launch{params, workspace, plan.row_tiles, plan.tile_rows, plan.splits};
+  launch.params.window = std::min<int64_t>(params.window, INT32_MAX);  // positions are of 32 bits
   switch (plan.tile.head) {
     case 64: return launch_tree_attention_64(launch, plan.tile, stream);
     case 128: return launch_tree_attention_128(launch, plan.tile, stream);

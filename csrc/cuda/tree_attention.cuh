@@ -23,13 +23,17 @@ struct alignas(16) Chunk {
   uint32_t words[4];
 };
 
-template <class T, int kHead, int kRows>
+// kExact: keys and values fill all kHead columns, which lets the compiler overlap the steps of a product.
+template <class T, int kHead, int kRows, bool kExact>
 class TreeAttentionBlock {
  public:
   static constexpr TileShape kTile = tile_shape(kHead, kRows);
 
   LBR_DEVICE explicit TreeAttentionBlock(const TreeAttentionLaunch& launch)
-      : launch_(launch), p_(launch.params), memory_(shared_memory()) {}
+      : launch_(launch), p_(launch.params), memory_(shared_memory()) {
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) top_[m][0] = top_[m][1] = -kInfinity;
+  }
 
   LBR_DEVICE void run() {
     locate();
@@ -42,7 +46,7 @@ class TreeAttentionBlock {
       return fill(0, __builtin_nanf(""));
     }
     length_ = length;
-    rows_ = min(kRows, nodes * group_ - first_row_);
+    rows_ = min(launch_.tile_rows, nodes * group_ - first_row_);
     if (split_ == 0) fill(max(rows_, 0), 0.0f);
     if (rows_ <= 0) return;
     if (!choose_tiles()) return;
@@ -74,17 +78,19 @@ class TreeAttentionBlock {
   // --- Who this block and this thread are.
 
   LBR_DEVICE void locate() {
+    // Neighbouring blocks read the same slots for different rows, out of L2.
     unsigned block = block_index().x;
-    const int row_tile = int(block % launch_.row_tiles);
+    first_row_ = int(block % launch_.row_tiles) * launch_.tile_rows;
     block /= launch_.row_tiles;
     split_ = int(block % launch_.splits);
     block /= launch_.splits;
     kv_head_ = int(block % unsigned(p_.kv_heads));
     batch_ = int(block / unsigned(p_.kv_heads));
     group_ = int(p_.q_heads / p_.kv_heads);
-    first_row_ = row_tile * kRows;
-    // Neighbouring blocks read the same slots for different rows, out of L2.
-    row_tile_ = (batch_ * int(p_.kv_heads) + kv_head_) * launch_.row_tiles + row_tile;
+  }
+  // Of all sequences and heads.
+  LBR_DEVICE int row_tile() const {
+    return (batch_ * int(p_.kv_heads) + kv_head_) * launch_.row_tiles + first_row_ / launch_.tile_rows;
   }
 
   LBR_DEVICE static int lane() { return thread_index() % kWarpSize; }
@@ -199,7 +205,8 @@ class TreeAttentionBlock {
       }
     }
     const int first_tile = begin / kKeys, end_tile = (length_ + int(p_.tree_nodes) + kKeys - 1) / kKeys;
-    const int all = end_tile - first_tile, longest = (all + launch_.splits - 1) / launch_.splits;
+    const int all = end_tile - first_tile;
+    const int longest = max((all + launch_.splits - 1) / launch_.splits, kLeastTiles);
     parts_ = (all + longest - 1) / longest;
     first_slot_ = (first_tile + split_ * longest) * kKeys;
     tiles_ = min(longest, all - split_ * longest);
@@ -226,8 +233,8 @@ class TreeAttentionBlock {
     const int slot = first_slot_ + tile * kKeys;
     uint64_t seen_slots = ~uint64_t(0);
     if (is_masked(slot)) seen_slots = prepare_mask(slot, stage);
-    copy_slots(keys(stage), static_cast<const T*>(p_.keys), p_.keys_stride, int(p_.head_dim), slot, seen_slots);
-    copy_slots(values(stage), static_cast<const T*>(p_.values), p_.values_stride, int(p_.value_dim), slot, seen_slots);
+    copy_slots(keys(stage), p_.keys, p_.keys_stride, int(p_.head_dim), slot, seen_slots);
+    copy_slots(values(stage), p_.values, p_.values_stride, int(p_.value_dim), slot, seen_slots);
   }
 
   // Writes which slots of a tile every row sees, and where they stand; returns which of them any row sees.
@@ -251,14 +258,15 @@ class TreeAttentionBlock {
     return any;
   }
 
-  LBR_DEVICE void copy_slots(T* to, const T* cache, const int64_t (&stride)[3], int dim, int slot,
+  // A thread copies one column of chunks, every kStep-th row of it.
+  LBR_DEVICE void copy_slots(T* to, const void* cache, const int64_t (&stride)[3], int dim, int slot,
                              uint64_t seen_slots) const {
-    // A thread copies one column of chunks, every kStep-th row of it.
     constexpr int kStep = kThreads / kChunks;
     const int first = thread_index() / kChunks, chunk = thread_index() % kChunks;
-    if (chunk >= (dim + 15) / 16 * 2) return;  // products take 16 columns at a time
-    const T* from = cache + batch_ * stride[0] + kv_head_ * stride[1] + (slot + first) * stride[2] + chunk * 8;
-    if (chunk * 8 >= dim) seen_slots = 0;
+    if (!kExact && chunk >= (dim + 15) / 16 * 2) return;  // products take 16 columns at a time
+    if (!kExact && chunk * 8 >= dim) seen_slots = 0;
+    const T* from = static_cast<const T*>(cache) + batch_ * stride[0] + kv_head_ * stride[1];
+    from += (slot + first) * stride[2] + chunk * 8;
     seen_slots >>= first;
 #pragma unroll
     for (int i = 0; i < kKeys / kStep; ++i) {
@@ -283,8 +291,9 @@ class TreeAttentionBlock {
   }
 
   LBR_DEVICE void multiply_keys(float (&scores)[kTilesM][kWarpKeys / 8][4], const T* keys) const {
-#pragma unroll 2
-    for (int k = 0; k < int(p_.head_dim + 15) / 16; ++k) {
+    const int steps = kExact ? kHead / 16 : int(p_.head_dim + 15) / 16;
+#pragma unroll(kExact ? kHead / 16 : 2)
+    for (int k = 0; k < steps; ++k) {
       uint32_t rows[kTilesM][4];
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m)
@@ -378,7 +387,7 @@ class TreeAttentionBlock {
         }
 #pragma unroll
       for (int n = 0; n < kHead / 16; ++n) {
-        if (n * 16 >= p_.value_dim) break;
+        if (!kExact && n * 16 >= p_.value_dim) break;
         uint32_t columns[4];
         const int key = warp_n() * kWarpKeys + k * 16 + lane() % 16;
         load_matrices_transposed(columns, values + swizzled(key, 2 * n + lane() / 16));
@@ -417,7 +426,7 @@ class TreeAttentionBlock {
       const int group = part / kFanIn, first = group * kFanIn, members = min(kFanIn, parts - first);
       block_barrier();  // this block's part is written
       if (thread_index() == 0) {
-        unsigned* const arrivals = launch_.workspace.arrivals + row_tile_ * parts_of(launch_.splits) + round + group;
+        unsigned* const arrivals = launch_.workspace.arrivals + row_tile() * parts_of(launch_.splits) + round + group;
         fence();
         *is_last() = atomic_add(arrivals, 1) == unsigned(members - 1);
         fence();
@@ -483,7 +492,7 @@ class TreeAttentionBlock {
 
   // A part's results in the workspace: all states first, then all sums.
   LBR_DEVICE int64_t part_row(int part, int row) const {
-    return (int64_t(row_tile_) * parts_of(launch_.splits) + part) * kRows + row;
+    return (int64_t(row_tile()) * parts_of(launch_.splits) + part) * kRows + row;
   }
   LBR_DEVICE float* part_state(int part, int row) const { return launch_.workspace.partials + part_row(part, row) * 2; }
   LBR_DEVICE Float4* part_values(int part, int row, int column) const {
@@ -546,7 +555,7 @@ class TreeAttentionBlock {
   // The results of rows that are not real, from `row` on; `value` is 0 or NaN.
   LBR_DEVICE void fill(int row, float value) const {
     const int chunks = int(p_.value_dim) / 8;
-    const int end = min(kRows, int(p_.num_queries) * group_ - first_row_);
+    const int end = min(launch_.tile_rows, int(p_.num_queries) * group_ - first_row_);
     const uint32_t two = pack<T>(value, value);
     for (int i = row * chunks + thread_index(); i < end * chunks; i += kThreads) {
       const int64_t at = output_of(i / chunks);
@@ -559,48 +568,56 @@ class TreeAttentionBlock {
   const TreeAttentionParams& p_;
   char* const memory_;
 
-  int batch_, kv_head_, group_, split_, row_tile_, first_row_;  // the same in all threads
-  int rows_;                                                    // real ones in this tile
-  int length_;                                                  // of the prefix
-  int first_slot_, tiles_;                                      // what this block reads
-  int full_from_;                                               // the first slot of the prefix that all rows see
-  int parts_;                                                   // how many blocks share these rows' slots
+  int batch_, kv_head_, group_, split_, first_row_;  // the same in all threads
+  int rows_;                                         // real ones in this tile
+  int length_;                                       // of the prefix
+  int first_slot_, tiles_;                           // what this block reads
+  int full_from_;                                    // the first slot of the prefix that all rows see
+  int parts_;                                        // how many blocks share these rows' slots
 
   // Fragments of 16 x 8: elements 0 and 1 belong to row lane / 4, 2 and 3 to row lane / 4 + 8.
   float sums_[kTilesM][kHead / 8][4] = {};
-  float top_[kTilesM][2] = {};
+  float top_[kTilesM][2];
   float sum_[kTilesM][2] = {};
 };
 
-template <class T, int kHead, int kRows>
+template <class T, int kHead, int kRows, bool kExact>
 LBR_KERNEL(tile_shape(kHead, kRows).threads(), tile_shape(kHead, kRows).resident_blocks)
 tree_attention_kernel(LBR_PARAMETER TreeAttentionLaunch launch) {
-  TreeAttentionBlock<T, kHead, kRows>(launch).run();
+  TreeAttentionBlock<T, kHead, kRows, kExact>(launch).run();
 }
 
-template <class T, int kHead, int kRows>
-void launch_rows(const TreeAttentionLaunch& launch, Stream stream) {
+template <class T, int kHead, int kRows, bool kExact>
+void launch_kernel(const TreeAttentionLaunch& launch, Stream stream) {
   constexpr TileShape kTile = tile_shape(kHead, kRows);
   const TreeAttentionParams& p = launch.params;
   const unsigned blocks = unsigned(p.batch * p.kv_heads * launch.splits * launch.row_tiles);
-  gpu::launch(tree_attention_kernel<T, kHead, kRows>, Grid{blocks}, kTile.threads(), kTile.shared_bytes(), stream,
-              launch);
+  gpu::launch(tree_attention_kernel<T, kHead, kRows, kExact>, Grid{blocks}, kTile.threads(), kTile.shared_bytes(),
+              stream, launch);
 }
 
 template <int kHead, int kRows>
-void launch_dtype(const TreeAttentionLaunch& launch, Stream stream) {
-  if (launch.params.dtype == DType::kFloat16) return launch_rows<Half, kHead, kRows>(launch, stream);
-  launch_rows<BFloat16, kHead, kRows>(launch, stream);
+void launch_rows(const TreeAttentionLaunch& launch, Stream stream) {
+  const bool half = launch.params.dtype == DType::kFloat16;
+  // In the largest tiles the overlap would not fit the registers.
+  if constexpr (kRows < 128 && kHead < 256) {
+    if (launch.params.head_dim == kHead && launch.params.value_dim == kHead) {
+      if (half) return launch_kernel<Half, kHead, kRows, true>(launch, stream);
+      return launch_kernel<BFloat16, kHead, kRows, true>(launch, stream);
+    }
+  }
+  if (half) return launch_kernel<Half, kHead, kRows, false>(launch, stream);
+  launch_kernel<BFloat16, kHead, kRows, false>(launch, stream);
 }
 
 template <int kHead>
 void launch_head_class(const TreeAttentionLaunch& launch, const TileShape& tile, Stream stream) {
-  if (tile.rows == 16) return launch_dtype<kHead, 16>(launch, stream);
+  if (tile.rows == 16) return launch_rows<kHead, 16>(launch, stream);
   if constexpr (kHead < 256) {
-    if (tile.rows == 32) return launch_dtype<kHead, 32>(launch, stream);
-    if (tile.rows == 128) return launch_dtype<kHead, 128>(launch, stream);
+    if (tile.rows == 32) return launch_rows<kHead, 32>(launch, stream);
+    if (tile.rows == 128) return launch_rows<kHead, 128>(launch, stream);
   }
-  launch_dtype<kHead, 64>(launch, stream);
+  launch_rows<kHead, 64>(launch, stream);
 }
 
 }  // namespace lbr::gpu

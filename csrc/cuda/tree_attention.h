@@ -36,8 +36,10 @@ struct TileShape {
   }
 };
 
-// The instantiations: head sizes up to 64 and 128 with 16, 32, 64 and 128 rows, up to 256 with 16 and 64. A head's rows
-// are num_queries * q_heads / kv_heads; the smallest tile that holds them is taken, or several of the largest.
+// The instantiations: head sizes up to 64 and up to 128 with 16, 32, 64 and 128 rows, up to 256 with 16 and 64; all but
+// the largest tile a second time for keys and values of exactly 64 or 128; each for two types: 32. A head's rows are
+// num_queries * q_heads / kv_heads; the smallest tile that holds them is taken, or several of the largest with equal
+// shares.
 constexpr int kHeadClasses[] = {64, 128, 256};
 
 constexpr TileShape tile_shape(int head, int rows) {
@@ -61,6 +63,9 @@ constexpr int tile_rows(int head, int64_t rows) {
   return rows <= 32 ? 32 : rows <= 64 ? 64 : 128;
 }
 
+// What a part reads at least: a cache may be far longer than what it holds.
+constexpr int kLeastTiles = 2;
+
 // Parts are merged kFanIn at a time, in rounds.
 constexpr int kFanIn = 8;
 
@@ -73,7 +78,8 @@ LBR_HOST_DEVICE constexpr int parts_of(int parts) {
 
 struct TreeAttentionPlan {
   TileShape tile;
-  int row_tiles;  // per row of the batch and key head
+  int row_tiles;  // per sequence and key head
+  int tile_rows;  // at most in each of them
   int splits;     // of the slots, at most
   // What the workspace must hold. Partial results may hold anything; arrivals must be zero, and are again afterwards.
   int64_t partials, arrivals;
@@ -97,6 +103,9 @@ TreeAttentionPlan plan_tree_attention(const TreeAttentionParams& params, const D
 // one part to merge it costs as much as `merge_cost` key tiles.
 int choose_splits(int64_t tiles, int64_t key_tiles, int64_t slots, double merge_cost);
 
+// Throws where the kernels were not compiled for the current device.
+void require_tree_attention();
+
 // One launch. Nothing is waited for, and nothing of what the pointers name is read on the host.
 void tree_attention(const TreeAttentionParams& params, const TreeAttentionPlan& plan,
                     const TreeAttentionWorkspace& workspace, Stream stream);
@@ -105,7 +114,7 @@ void tree_attention(const TreeAttentionParams& params, const TreeAttentionPlan& 
 struct TreeAttentionLaunch {
   TreeAttentionParams params;
   TreeAttentionWorkspace workspace;
-  int row_tiles, splits;
+  int row_tiles, tile_rows, splits;
 };
 
 // One per head class, each in a file of its own, so that they compile side by side.

@@ -7,4 +7,6 @@ void launch_tree_attention_64(const TreeAttentionLaunch& launch, const TileShape
   launch_head_class<64>(launch, tile, stream);
 }
 
+void require_tree_attention() { require_kernel(tree_attention_kernel<Half, 64, 16, true>); }
+
 }  // namespace lbr::gpu

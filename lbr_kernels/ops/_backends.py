@@ -101,10 +101,15 @@ def _missing_gpu(device: torch.device) -> str | None:
 
 
 def _load_cuda(device: torch.device) -> str | None:
-    reason = _missing_gpu(device) or _extension.CUDA.load()
-    if reason is None:
-        torch.ops.lbr_kernels.set_flags(_flags.word(device))
-    return reason
+    if (reason := _missing_gpu(device) or _extension.CUDA.load()) is not None:
+        return reason
+    word = _flags.word(device)
+    try:
+        torch.ops.lbr_kernels.prepare(word)
+    except RuntimeError as error:
+        name = torch.cuda.get_device_name(device)
+        return f"its kernels do not run on {name} ({error}); the nearest accepted backend is 'triton'"
+    return None
 
 
 def _load_triton(device: torch.device) -> str | None:

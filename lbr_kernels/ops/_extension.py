@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -74,6 +76,29 @@ def missing_cuda_compiler() -> str | None:
     return missing_compiler()
 
 
+# Of GPUs that have what the kernels use: compute capability 8.0 and later. What nvcc does not know is left out.
+_ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120)
+
+
+def cuda_architectures() -> list[int]:
+    """What the CUDA kernels are compiled for where ``TORCH_CUDA_ARCH_LIST`` is not set: the GPUs of this machine.
+
+    Where there is none, as when a package is built for others, all that this nvcc knows.
+    """
+    import torch
+
+    here = {
+        major * 10 + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    }
+    if found := sorted(arch for arch in here if arch >= _ARCHITECTURES[0]):
+        return found
+    from torch.utils import cpp_extension
+
+    nvcc = Path(cpp_extension.CUDA_HOME or "") / "bin" / "nvcc"
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return [arch for arch in _ARCHITECTURES if f"sm_{arch}" in known] or [_ARCHITECTURES[0]]
+
+
 class BuildUnavailableError(Exception):
     """The extension cannot be built here; the message says why."""
 
@@ -98,8 +123,16 @@ class Extension:
         return [*_COMMON_FLAGS, *_CXX_FLAGS, *cuda, *link_flags(), *(["-O1", "-g"] if link_flags() else [])]
 
     def nvcc_flags(self) -> list[str]:
-        """What nvcc is given."""
+        """What nvcc is given, but for :meth:`architecture_flags`."""
         return list(_COMMON_FLAGS)
+
+    def architecture_flags(self) -> list[str]:
+        """Which GPUs nvcc compiles for: code for each, and PTX for later ones. None where torch is to say so."""
+        if not self._cuda or os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            return []
+        found = cuda_architectures()
+        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in found]
+        return [*code, f"-gencode=arch=compute_{found[-1]},code=compute_{found[-1]}"]
 
     def name(self) -> str:
         """``<stem>_<hash>``: another source or flag is another extension, so a stale binary is never loaded."""
@@ -139,7 +172,10 @@ class Extension:
                 stacklevel=2,
             )
             return str(error)
-        torch.ops.load_library(library)
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:  # built for another torch, or a library that it needs is missing
+            return f"{library} cannot be loaded ({error})"
         return None
 
     def _installed(self) -> Path | None:
@@ -152,7 +188,12 @@ class Extension:
         from torch.utils import cpp_extension
 
         root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-        return root / f"lbr_kernels-torch{torch.__version__}" / self.name()
+        directory = root / f"lbr_kernels-torch{torch.__version__}" / self.name()
+        if not self._cuda:
+            return directory
+        # Machines with other GPUs may share the cache.
+        listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or " ".join(map(str, cuda_architectures()))
+        return directory / re.sub(r"[^\w.+]+", "-", listed)
 
     def _build(self) -> Path:
         import torch
@@ -208,7 +249,7 @@ class Extension:
                 name,
                 [str(path) for path in self.sources()],
                 extra_cflags=self.cxx_flags(),
-                extra_cuda_cflags=self.nvcc_flags(),
+                extra_cuda_cflags=[*self.nvcc_flags(), *self.architecture_flags()],
                 extra_ldflags=link_flags(),
                 build_directory=str(directory),
                 with_cuda=self._cuda,

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 # The bits of csrc/cuda/tree_attention.h's Flag.
 _MEANINGS = {
@@ -22,9 +24,22 @@ _words: dict[torch.device, Tensor] = {}
 
 
 def word(device: torch.device) -> Tensor:
-    """The word of ``device``, an int32 tensor of one element, made when it is first asked for."""
+    """The word of ``device``, an int32 tensor of one element, made when it is first asked for.
+
+    Raises:
+        RuntimeError: that is inside a graph capture, where nothing can be made to last.
+    """
     if device not in _words:
-        _words[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        on_gpu = device.type == "cuda"
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the first call of a kernel on {device} is captured, expected one call before the capture"
+            )
+        # Whatever modes the first call is in, this is a plain tensor for all later ones.
+        with torch.inference_mode(False), unset_fake_temporarily(), _disable_current_modes():
+            _words[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        if on_gpu:
+            torch.cuda.synchronize(device)  # it is zero for the kernels of all streams
     return _words[device]
 
 
@@ -45,6 +60,8 @@ def raise_if_flagged(device: torch.device | str) -> None:
     device = with_index(torch.device(device))
     if device not in _words:
         return
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     bits = int(_words[device].item())
     if bits:
         _words[device].zero_()

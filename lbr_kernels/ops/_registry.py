@@ -26,7 +26,7 @@ SCHEMAS: dict[str, str] = {}  # "(arguments) -> result", without the op's last a
 FAKES: dict[str, Callable[..., Any]] = {}
 
 LIBRARY.define("has_isa(int isa) -> bool")
-LIBRARY.define("set_flags(Tensor(a!) word) -> ()")
+LIBRARY.define("prepare(Tensor(a!) word) -> ()")
 
 
 def reference(

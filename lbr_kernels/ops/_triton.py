@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lbr_kernels.ops import _registry, tree_attention_triton
+from lbr_kernels.ops import _flags, _registry, tree_attention_triton
 
 
 @functools.cache
@@ -21,7 +22,14 @@ def register() -> None:
     for op, kernel in kernels.items():
         name = f"{op}_triton"
         _registry.LIBRARY.define(name + _registry.SCHEMAS[op], tags=torch.Tag.pt2_compliant_tag)
-        _registry.LIBRARY.impl(name, kernel, "CUDA")
+        _registry.LIBRARY.impl(name, _with_flags(kernel), "CUDA")
         if tree_attention_triton.interpreting():
-            _registry.LIBRARY.impl(name, kernel, "CPU")
+            _registry.LIBRARY.impl(name, _with_flags(kernel), "CPU")
         torch.library.register_fake(f"lbr_kernels::{name}", _registry.FAKES[op], lib=_registry.LIBRARY)
+
+
+def _with_flags(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def run(lead: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return kernel(lead, *args, **kwargs, flag=_flags.word(lead.device))
+
+    return run

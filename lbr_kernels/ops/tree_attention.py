@@ -82,7 +82,7 @@ def gpu_backends(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> tuple
     if query.dim() != 4 or key_cache.dim() != 4 or value_cache.dim() != 4 or query.dtype == torch.float64:
         return ()
     head_size = max(query.shape[3], value_cache.shape[3])
-    if head_size > 256:
+    if head_size > 256 or value_cache.shape[3] == 0:
         return ()
     rows = query.shape[2] * query.shape[1] // max(key_cache.shape[1], 1)
     taken = _cuda_takes(query) and _cuda_takes(key_cache) and _cuda_takes(value_cache)
@@ -93,7 +93,8 @@ def gpu_backends(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> tuple
 
 def _cuda_takes(tensor: Tensor) -> bool:
     """Whether rows of a tensor can be copied 16 bytes at a time."""
-    steps = (tensor.shape[3], tensor.storage_offset(), *tensor.stride()[:3])
+    steps: list[Any] = [step for size, step in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1]
+    steps += [tensor.shape[3], tensor.storage_offset()]
     aligned = torch.compiler.is_compiling() or tensor.data_ptr() % 16 == 0
     return tensor.dtype in (torch.float16, torch.bfloat16) and aligned and all(step % 8 == 0 for step in steps)
 

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# ruff: noqa: ANN001, ANN202 -- a kernel's arguments are pointers and numbers; the launch says which
+# ruff: noqa: ANN001, ANN201, ANN202 -- a kernel's arguments are pointers and numbers; the launch says which
 """tree_attention in Triton: one launch, the prefix split over programs, the parts merged by whoever finishes last.
 
 Contract
@@ -9,10 +9,10 @@ are checked by the caller. Nothing is read on the host that lives on the device,
 the grid comes from shapes and the device's number of multiprocessors, and every program finds its share of the keys
 from its row's actual length. Results are deterministic, but the number of splits, and with it the order of the sums,
 depends on the whole batch's shape. A row whose ``prefix_lens`` or ``num_nodes`` is out of range is not read: its output
-and log-sum-exp are NaN, and ``flag``, where given, becomes 1.
+and log-sum-exp are NaN, and ``flag``, where given, gets a bit of ``_flags``.
 
-Import this file only where it is asked for: it needs ``triton``, which is an extra. Where ``TRITON_INTERPRET=1`` was set
-before Triton was imported, kernels run on CPU tensors, slowly, for tests; see :func:`interpreting`.
+Import this file only where it is asked for: it needs ``triton``, which is an extra. Where ``TRITON_INTERPRET=1`` was
+set before Triton was imported, kernels run on CPU tensors, slowly, for tests; see :func:`interpreting`.
 
 One compiled kernel serves one combination of: dtype; head size and value size; block sizes (:func:`block_sizes`: the
 rows of a tile come in three sizes); which of ``num_nodes``, ``depths``, ``sinks``, ``alibi_slopes``, ``window``,
@@ -92,7 +92,7 @@ def _depth(depths, mask_words, mask_stride, node, exists, T, WORDS: tl.constexpr
 
 @triton.jit
 def _bits_from(row_words, first, exists, W):
-    # 64 bits of every row's mask from bit `first` on, which may be negative; bits outside the words are 0. As a block,
+    # 32 bits of every row's mask from bit `first` on, which may be negative; bits outside the words are 0. As a block,
     # because the interpreter cannot combine a block's mask with a scalar's.
     first = first + tl.zeros_like(exists.to(tl.int32))
     word = first >> 6
@@ -100,19 +100,18 @@ def _bits_from(row_words, first, exists, W):
     low = tl.load(row_words + word, mask=exists & (word >= 0) & (word < W), other=0).to(tl.uint64, bitcast=True)
     high = tl.load(row_words + word + 1, mask=exists & (word >= -1) & (word + 1 < W), other=0)
     # A shift by 64 is undefined, so two.
-    return (low >> shift) | ((high.to(tl.uint64, bitcast=True) << 1) << (63 - shift))
+    bits = (low >> shift) | ((high.to(tl.uint64, bitcast=True) << 1) << (63 - shift))
+    return (bits & 0xFFFFFFFF).to(tl.uint32)
+
+
+@triton.jit
+def _bit(bits, column):
+    return ((bits >> column.to(tl.uint32)) & 1) != 0
 
 
 @triton.jit
 def _either(a, b):
     return a | b
-
-
-@triton.jit
-def _bit(words, column):
-    # Bit `column` of 64-bit words, where both are blocks that broadcast; in halves, a GPU's registers having 32 bits.
-    half = tl.where(column < 32, (words & 0xFFFFFFFF).to(tl.uint32), (words >> 32).to(tl.uint32))
-    return ((half >> (column & 31).to(tl.uint32)) & 1) != 0
 
 
 @triton.jit
@@ -231,7 +230,7 @@ def tree_attention_kernel(
     VALUE_SIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-    CUT_KEYS: tl.constexpr,  # keys of a block that needs masks, at most 64
+    CUT_KEYS: tl.constexpr,  # keys of a block that needs masks, at most 32
     BLOCK_HEAD: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     MERGE_COLUMNS: tl.constexpr,  # of the values, that are merged at a time
@@ -252,7 +251,8 @@ def tree_attention_kernel(
 
     length = tl.load(prefix_lens + b)
     real = N
-    bad = (length < 0) | (length > S - T)
+    bad_length = (length < 0) | (length > S - T)
+    bad = bad_length
     if num_nodes is not None:
         real = tl.load(num_nodes + b)
         bad = bad | (real < 0) | (real > N)
@@ -302,9 +302,7 @@ def tree_attention_kernel(
     q_head = head * group + row % group
     query_at = query + b * query_row_stride + q_head.to(tl.int64) * query_head_stride
     query_at += node.to(tl.int64) * query_node_stride
-    q = tl.load(
-        query_at[:, None] + in_head[None, :], mask=exists[:, None] & (in_head < HEAD_SIZE)[None, :], other=0.0
-    )
+    q = tl.load(query_at[:, None] + in_head[None, :], mask=exists[:, None] & (in_head < HEAD_SIZE)[None, :], other=0.0)
     keys += b * key_row_stride + head.to(tl.int64) * key_head_stride
     values += b * value_row_stride + head.to(tl.int64) * value_head_stride
     keys_at = keys + column.to(tl.int64)[:, None] * key_slot_stride + in_head[None, :]
@@ -350,15 +348,15 @@ def tree_attention_kernel(
         slot = first_slot + cut_column
         tree_node = slot - length
         in_tree = (tree_node >= 0) & (tree_node < T)
-        # 64 mask bits of every row, from the block's first slot on.
-        words = _bits_from(
+        # 32 mask bits of every row, from the block's first slot on.
+        bits = _bits_from(
             mask_words + (T - N + node).to(tl.int64) * mask_node_stride,
             first_slot - length,
             exists,
             (T + 63) // 64,
         )
         # What no row of the tile sees may hold NaN, which a weight of 0 would not silence.
-        any_row = tl.reduce(words, 0, _either) + tl.zeros([CUT_KEYS], tl.uint64)
+        any_row = tl.reduce(bits, 0, _either) + tl.zeros([CUT_KEYS], tl.uint32)
         in_prefix = slot < length
         seen = in_prefix | (in_tree & _bit(any_row, cut_column))
         first = tl.cast(first_slot, tl.int64)
@@ -366,9 +364,7 @@ def tree_attention_kernel(
             cut_keys_at + first * key_slot_stride, mask=seen[:, None] & (in_head < HEAD_SIZE)[None, :], other=0.0
         )
         products = _products(q, k, UPCAST)
-        visible = exists[:, None] & (
-            in_prefix[None, :] | (in_tree[None, :] & _bit(words[:, None], cut_column[None, :]))
-        )
+        visible = exists[:, None] & (in_prefix[None, :] | (in_tree[None, :] & _bit(bits[:, None], cut_column[None, :])))
         offset = tl.zeros([BLOCK_ROWS, CUT_KEYS], tl.int32)
         if HAS_POSITIONS:
             key_depth = _depth(depths, mask_words, mask_node_stride, tree_node, in_tree, T, WORDS)
@@ -396,8 +392,7 @@ def tree_attention_kernel(
         _store_sums(out, index, in_value, stored, exists, bad, sums * keep[:, None], total, VALUE_SIZE)
         _store_lse(lse, index, stored, exists, bad, top, total)
         if flag is not None:
-            if bad:
-                tl.atomic_or(flag, 1)
+            tl.atomic_or(flag, tl.where(bad_length, 1, 2), mask=bad)
     else:
         # Everyone leaves a part, and who comes last puts them together, in their order whoever that is.
         tile_index = pid // tiles // splits * tiles.to(tl.int64) + tile
@@ -454,35 +449,36 @@ class Blocks:
 
     rows: int
     keys: int
-    cut_keys: int  # of a block that needs masks, at most 64
+    cut_keys: int  # of a block that needs masks, at most 32
     warps: int
     stages: int  # depth of the pipeline that fetches keys and values
     resident: int  # programs on a multiprocessor at a time, as far as registers go
 
     @property
     def registers(self) -> int:
-        """The most registers that a thread may have; left to itself, the assembler spills for the sake of more warps."""
+        """The most that a thread may have; left to itself, the assembler spills for the sake of more warps."""
         return min(65536 // (32 * self.warps * self.resident) // 8 * 8, 255)
 
 
 def block_sizes(rows: int, head_size: int, value_size: int, dtype: torch.dtype, *, adjusted: bool) -> Blocks:
-    """Block sizes for so many rows (nodes times heads in a group), chosen so that no kernel spills.
+    """Block sizes for so many rows (nodes times heads in a group), chosen so that kernels do not spill.
 
-    ``bench/triton_resources.py`` shows what they cost. ``adjusted``: scores are more than scaled products.
+    ``bench/triton_resources.py`` shows what they cost, and what the installed Triton makes of them. ``adjusted``:
+    scores are more than scaled products.
     """
     width = triton.next_power_of_2(max(head_size, value_size))
     tile = min(max(triton.next_power_of_2(rows), 16), 64)
     if dtype == torch.float32:
         # Products of fp32 are not for the tensor cores, so all operands pass through registers.
         if width > 128:
-            return Blocks(16, 16, 16, warps=8, stages=1, resident=2)
+            return Blocks(16, 16, 16, warps=8, stages=1, resident=1)
         return Blocks(16, 32, 16, warps=8, stages=2, resident=1)
+    resident = 3 if tile == 16 and not adjusted else 2
     if width > 128:
-        tile = min(tile, 32)
-        return Blocks(tile, 32, 16, warps=4, stages=3, resident=3 if tile == 16 else 2)
+        return Blocks(min(tile, 32), 32, 16, warps=4, stages=3, resident=resident)
     if width > 64 and tile == 64 and adjusted:
         return Blocks(tile, 64, 32, warps=8, stages=3, resident=1)
-    return Blocks(tile, 64, 32, warps=4, stages=3, resident=3 if tile == 16 else 2)
+    return Blocks(tile, 64, 32, warps=4, stages=3, resident=resident)
 
 
 def choose_splits(tiles: int, slots: int, block_keys: int, programs: int) -> int:
@@ -532,7 +528,7 @@ def tree_attention_triton(
     Shapes, dtypes and devices are the caller's to check.
 
     Args:
-        flag: int32 ``[1]``; 1 is or-ed into it where a row's ``prefix_lens`` or ``num_nodes`` is out of range.
+        flag: int32 ``[1]``; where a row's ``prefix_lens`` is out of range 1 is or-ed into it, for ``num_nodes`` 2.
 
     Raises:
         RuntimeError: a head size or value size is larger than 256.

@@ -240,6 +240,13 @@ inline int lowest_bit(uint64_t x) { return __builtin_ctzll(x); }
 
 inline Device current_device() { return simt::configuration().device; }
 
+template <class Params>
+void require_kernel(void (* /*kernel*/)(Params)) {}
+
+inline unsigned* allocate_counters(int64_t count) { return new unsigned[count](); }
+
+inline bool is_capturing(Stream /*stream*/) { return false; }
+
 // Runs the kernel to its end. Throws std::runtime_error where CUDA would refuse the launch, and on a kernel's fault.
 template <class Params>
 void launch(void (*kernel)(Params), Grid grid, int threads, int shared_bytes, Stream, const Params& params,

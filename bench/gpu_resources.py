@@ -1,0 +1,221 @@
+"""What the GPU kernels need, CUDA C++ and Triton: registers, spills, shared memory, blocks per multiprocessor.
+
+    bench/gpu_resources.py check       compile all, compare with bench/results/gpu-resources.json; needs nvcc, no GPU
+    bench/gpu_resources.py update      compile all, keep the result
+
+Contract
+--------
+``check`` fails where a kernel spills a register, where fewer of its blocks fit a multiprocessor, or where, by the same
+compilers, it takes more registers or shared memory than what is kept. Where a compiler is missing it says so and
+passes. The times are those of one architecture on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from triton_resources import ARCHITECTURES
+
+from lbr_kernels.ops import _extension
+
+Record = dict[str, Any]
+
+RESULTS = Path(__file__).parent / "results"
+KEPT = RESULTS / "gpu-resources.json"
+TILES = Path(__file__).parent / "tile_shapes.cpp"
+WARPS = 4
+TYPES = {"Half": "fp16", "BFloat16": "bf16"}
+KERNEL = re.compile(r"tree_attention_kernelINS0_\d+(Half|BFloat16)ELi(\d+)ELi(\d+)ELb([01])EE")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+console = Console(width=150)
+
+
+def shared_bytes() -> dict[tuple[int, int], int]:
+    """By head class and rows of a tile, as csrc/cuda/tree_attention.h computes them."""
+    shim = Path(__file__).parent.parent / "tests" / "simt"
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(folder) / "tiles")
+        include = [f"-I{_extension.source_dir()}", f"-I{shim}"]
+        compiler = os.environ.get("CXX", "c++")
+        subprocess.run([compiler, "-std=c++17", "-DLBR_SIMT", *include, str(TILES), "-o", program], check=True)
+        lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
+    return {(int(head), int(rows)): int(size) for head, rows, size in map(str.split, lines)}
+
+
+def cuda_resources(architectures: list[int]) -> tuple[list[Record], dict[str, float]]:
+    """A record per kernel and architecture, and the seconds that compiling for each took, two files at a time."""
+    sources = [path for path in _extension.CUDA.sources() if path.suffix == ".cu"]
+    shared, records, seconds = shared_bytes(), [], {}
+    for arch in architectures:
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+
+            def assemble(source: Path, arch: int = arch, folder: str = folder) -> str:
+                flags = [*_extension.CUDA.nvcc_flags(), f"-arch=sm_{arch}", "-Xptxas", "-v", "-c"]
+                target = str(Path(folder) / f"{source.stem}.o")
+                command = ["nvcc", *flags, str(source), "-o", target]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(f"nvcc failed on {source.name} for sm_{arch}:\n{done.stdout}{done.stderr}")
+                return done.stdout + done.stderr
+
+            reports = list(pool.map(assemble, sources))
+        seconds[f"sm_{arch}"] = time.perf_counter() - start
+        for report in reports:
+            for entry in report.split("Compiling entry function")[1:]:
+                kernel = KERNEL.search(entry)
+                assert kernel is not None, entry
+                head, rows = int(kernel[2]), int(kernel[3])
+                heads = f"d{head}" if int(kernel[4]) else f"d<={head}"
+                (registers,) = re.findall(r"Used (\d+) registers", entry)
+                spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", entry))
+                size = shared[head, rows]
+                records.append(
+                    {
+                        "kernel": f"cuda tree_attention {TYPES[kernel[1]]} {heads} rows {rows}",
+                        "arch": f"sm_{arch}",
+                        "registers": int(registers),
+                        "spill_bytes": spilled,
+                        "shared_bytes": size,
+                        "blocks_per_sm": ARCHITECTURES[arch].fits(int(registers), size, WARPS),
+                    }
+                )
+    return sorted(records, key=lambda r: (ARCHITECTURES_ORDER[r["arch"]], r["kernel"])), seconds
+
+
+ARCHITECTURES_ORDER = {f"sm_{arch}": arch for arch in ARCHITECTURES}
+
+
+def measure() -> dict[str, Any]:
+    """Everything, with the compilers' versions."""
+    import triton
+    from triton_resources import resources
+
+    architectures = list(ARCHITECTURES)
+    cuda, seconds = cuda_resources(architectures)
+    start = time.perf_counter()
+    compiled = resources(architectures=architectures)
+    seconds["triton"] = time.perf_counter() - start
+    kernels = [
+        *cuda,
+        *(
+            {**{k: v for k, v in record.items() if k != "compile_seconds"}, "kernel": f"triton {record['kernel']}"}
+            for record in compiled
+        ),
+    ]
+    nvcc = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    version = re.search(r"release .*", nvcc)
+    assert version is not None
+    return {"versions": {"nvcc": version[0], "triton": triton.__version__}, "seconds": seconds, "kernels": kernels}
+
+
+def worse(now: dict[str, Any], kept: dict[str, Any]) -> list[str]:
+    """What is worse than what is kept, one line each."""
+    before = {(r["kernel"], r["arch"]): r for r in kept["kernels"]}
+    lines = []
+    for record in now["kernels"]:
+        name = f"{record['kernel']} on {record['arch']}"
+        if record["spill_bytes"]:
+            lines.append(f"{name} spills {record['spill_bytes']} bytes, expected none")
+        if not record["blocks_per_sm"]:
+            lines.append(f"{name} does not fit a multiprocessor")
+        old = before.get((record["kernel"], record["arch"]))
+        if old is None:
+            lines.append(f"{name} is not in {KEPT.name}; `make gpu-resources` adds it")
+            continue
+        if record["blocks_per_sm"] < old["blocks_per_sm"]:
+            lines.append(
+                f"{name}: {record['blocks_per_sm']} blocks per multiprocessor, expected {old['blocks_per_sm']}"
+            )
+        compiler = record["kernel"].split()[0].replace("cuda", "nvcc")
+        if now["versions"][compiler] == kept["versions"][compiler]:
+            lines += [
+                f"{name}: {record[key]} {key.replace('_', ' ')}, expected at most {old[key]}"
+                for key in ("registers", "shared_bytes")
+                if record[key] > old[key]
+            ]
+    missing = before.keys() - {(r["kernel"], r["arch"]) for r in now["kernels"]}
+    return lines + [f"{kernel} on {arch} is kept, but is no kernel any more" for kernel, arch in sorted(missing)]
+
+
+def table(data: dict[str, Any]) -> Table:
+    """One row per kernel; each cell has registers, KiB of shared memory, and blocks per multiprocessor."""
+    architectures = list(ARCHITECTURES_ORDER)
+    made = Table(
+        title="registers · spilled bytes · KiB of shared memory · blocks per multiprocessor", title_justify="left"
+    )
+    for column in ("kernel", *architectures):
+        made.add_column(column)
+    for kernel in dict.fromkeys(r["kernel"] for r in data["kernels"]):
+        cells = {r["arch"]: r for r in data["kernels"] if r["kernel"] == kernel}
+        made.add_row(kernel, *(_cell(cells[arch]) for arch in architectures))
+    return made
+
+
+def _cell(record: Record) -> str:
+    kib = round(record["shared_bytes"] / 1024)
+    return f"{record['registers']} · {record['spill_bytes']} · {kib} · {record['blocks_per_sm']}"
+
+
+def page(data: dict[str, Any]) -> str:
+    """The table in Markdown, with what compiling took."""
+    versions, seconds = data["versions"], data["seconds"]
+    architectures = list(ARCHITECTURES_ORDER)
+    lines = [
+        "# What the GPU kernels take of a GPU",
+        "",
+        f"Compiled by nvcc ({versions['nvcc']}) and Triton {versions['triton']}; made by `make gpu-resources`, compared "
+        "by `make gpu-check`, which fails where a kernel spills or gets worse. A cell has registers per thread, "
+        "spilled bytes, KiB of shared memory per block, and blocks that fit a multiprocessor. A kernel for `d<=128` "
+        "takes all head sizes up to that.",
+        "",
+        f"| kernel | {' | '.join(architectures)} |",
+        f"|---|{'---|' * len(architectures)}",
+    ]
+    for kernel in dict.fromkeys(r["kernel"] for r in data["kernels"]):
+        cells = {r["arch"]: r for r in data["kernels"] if r["kernel"] == kernel}
+        lines.append(f"| {kernel} | {' | '.join(_cell(cells[arch]) for arch in architectures)} |")
+    took = ", ".join(f"{seconds[arch]:.0f} s for {arch}" for arch in architectures)
+    lines += ["", f"nvcc took {took}, two files at a time on two cores of the machine that made this page.", ""]
+    return "\n".join(lines)
+
+
+@app.command()
+def check() -> None:
+    """Compile everything and fail where a kernel has become worse."""
+    if shutil.which("nvcc") is None:
+        console.print("nvcc is not installed: the GPU kernels were not compiled")
+        return
+    now = measure()
+    console.print(table(now))
+    console.print(", ".join(f"{name}: {took:.0f} s" for name, took in now["seconds"].items()), highlight=False)
+    lines = worse(now, json.loads(KEPT.read_text()))
+    for line in lines:
+        console.print(line, style="red", highlight=False)
+    raise typer.Exit(bool(lines))
+
+
+@app.command()
+def update(to: Annotated[Path, typer.Option(help="Where the result is kept.")] = KEPT) -> None:
+    """Compile everything and keep the result."""
+    now = measure()
+    console.print(table(now))
+    to.write_text(json.dumps(now, indent=1) + "\n")
+    to.with_suffix(".md").write_text(page(now))
+
+
+if __name__ == "__main__":
+    app()
