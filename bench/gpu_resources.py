@@ -178,9 +178,9 @@ def page(data: dict[str, Any]) -> str:
         "# What the GPU kernels take of a GPU",
         "",
         f"Compiled by nvcc ({versions['nvcc']}) and Triton {versions['triton']}; made by `make gpu-resources`, "
-        "compared by `make gpu-check`, which fails where a kernel spills or gets worse. A cell has registers per thread, "
-        "spilled bytes, KiB of shared memory per block, and blocks that fit a multiprocessor. A kernel for `d<=128` "
-        "takes all head sizes up to that.",
+        "compared by `make gpu-check`, which fails where a kernel spills or gets worse. A cell has registers per "
+        "thread, spilled bytes, KiB of shared memory per block, and blocks that fit a multiprocessor. A kernel for "
+        "`d<=128` takes all head sizes up to that.",
         "",
         f"| kernel | {' | '.join(architectures)} |",
         f"|---|{'---|' * len(architectures)}",
