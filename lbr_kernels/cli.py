@@ -204,7 +204,7 @@ def info() -> None:
 
     reason = _extension.CPU.load()
     console.print(Text(f"compiled kernels: {reason or _extension.CPU.library_path()}"), soft_wrap=True)
-    if (library := _extension.CUDA.library_path()) is not None:
+    if torch.cuda.is_available() and (library := _extension.CUDA.library_path()) is not None:
         console.print(Text(f"compiled kernels for CUDA: {library}"), soft_wrap=True)
     if not torch.cuda.is_available():
         why = ops.backends("cuda")["tree_attention"]["cuda"]

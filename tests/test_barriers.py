@@ -1,14 +1,12 @@
 """Every synchronisation of the CUDA kernels is needed: without one of them a result is wrong or a fault is reported.
 
-For each place in csrc/cuda where threads wait for each other or for data, a copy of the sources without that line is
-built on the SIMT shim and has to fail on problems which the real sources pass.
+For each line in csrc/cuda where threads wait for each other or for data, the SIMT shim leaves out that line, and
+problems which the whole kernel passes have to fail.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 import simt_backend
@@ -19,67 +17,52 @@ from test_tree_attention import problem
 from lbr_kernels import ops
 from lbr_kernels.ops import _extension
 
-KERNEL = "cuda/tree_attention.cuh"
-WAITS = re.compile(r"^ *(block_barrier|copy_async_wait<.*>|copy_async_commit)\(\);.*$", re.MULTILINE)
-SITES = [match.span() for match in WAITS.finditer((_extension.source_dir() / KERNEL).read_text())]
-
-# Head sizes up to 64 alone, which compile fast; the code is the same for all.
-SOURCES = ("cuda/bindings.cpp", "cuda/tree_attention.cu", "cuda/tree_attention_64.cu")
-OTHERS = """
-#include "cuda/tree_attention.h"
-namespace lbr::gpu {
-void launch_tree_attention_128(const TreeAttentionLaunch&, const TileShape&, Stream) { throw 0; }
-void launch_tree_attention_256(const TreeAttentionLaunch&, const TileShape&, Stream) { throw 0; }
-}  // namespace lbr::gpu
-"""
+KERNEL = _extension.source_dir() / "cuda" / "tree_attention.cuh"
+WAITS = re.compile(r"^ *(block_barrier|copy_async_wait<.*>|copy_async_commit)\(\);")
+LINES = [number for number, line in enumerate(KERNEL.read_text().splitlines(), 1) if WAITS.match(line)]
 
 
-def build(folder: Path, namespace: str, site: tuple[int, int] | None):
-    """The kernels as a module; without the line at ``site``, if there is one."""
-    shutil.copytree(_extension.source_dir(), folder)
-    if site is not None:
-        text = (folder / KERNEL).read_text()
-        (folder / KERNEL).write_text(text[: site[0]] + text[site[1] :])
-    (folder / "others.cpp").write_text(OTHERS)
-    return simt_backend.compile_kernels([folder / name for name in (*SOURCES, "others.cpp")], namespace)
-
-
-def first_failure(module, namespace: str, seeds: int) -> str | None:
-    """What goes wrong first, over trees in several tiles, windows, one and many parts, and schedules."""
-    cases = []
+@pytest.fixture(scope="module")
+def cases():
+    """Problems with trees in several tiles, windows, and what they should give."""
+    made = []
     for extras in ({}, {"window": 70}):
         for shape in ({"N": 3, "T": 9, "group": 4}, {"N": 9, "T": 70, "group": 7}):
             p = problem(B=2, Hk=1, D=64, Dv=64, longest=420, dtype=torch.float16, **shape)
             wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in p.items()}
-            cases.append(
-                (p, extras, ops.tree_attention_ref(**wide, **extras)[0], ops.tree_attention_ref(**p, **extras)[0])
-            )
-    for seed in range(seeds):
-        for p, extras, want, plain in cases:
-            for multiprocessors in (1, 20):
-                module.configure(seed=1000 * simt_backend.SEED + seed, multiprocessors=multiprocessors)
-                try:
-                    out, _ = getattr(torch.ops, namespace).tree_attention(**p, **extras)
-                    assert_within_budget(out, want, plain, roundings=8)
-                except (AssertionError, RuntimeError) as error:
-                    return f"seed {seed}: {error}"
+            want, plain = ops.tree_attention_ref(**wide, **extras)[0], ops.tree_attention_ref(**p, **extras)[0]
+            made.append((p, extras, want, plain))
+    return made
+
+
+def first_failure(cases, seeds: int, without: int = 0) -> str | None:
+    """What goes wrong first, in one and in many parts, over schedules."""
+    assert ops.backends("cpu")["tree_attention"][simt_backend.NAME] is None
+    module = simt_backend.MODULE[0]
+    try:
+        for seed in range(seeds):
+            for p, extras, want, plain in cases:
+                for multiprocessors in (1, 20):
+                    module.configure(
+                        seed=1000 * simt_backend.SEED + seed, multiprocessors=multiprocessors, without=without
+                    )
+                    try:
+                        out = ops.tree_attention(**p, **extras, backend=simt_backend.NAME)
+                        assert_within_budget(out, want, plain, roundings=8)
+                    except (AssertionError, RuntimeError) as error:
+                        return f"seed {seed}: {error}"
+    finally:
+        module.configure(seed=simt_backend.SEED)
     return None
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
+def test_the_kernel_as_it_is(cases):
+    assert first_failure(cases, 100) is None
 
 
-def test_the_kernel_as_it_is(tmp_path):
-    module = build(tmp_path / "csrc", "lbr_kernels_whole", None)
-    assert first_failure(module, "lbr_kernels_whole", 100) is None
-
-
-@pytest.mark.parametrize("number", range(len(SITES)))
-def test_without(number, tmp_path):
-    namespace = f"lbr_kernels_without_{number}"
-    module = build(tmp_path / "csrc", namespace, SITES[number])
-    failure = first_failure(module, namespace, 500)
+@pytest.mark.parametrize("line", LINES)
+def test_without(line, cases):
+    assert len(LINES) >= 10
+    failure = first_failure(cases, 500, without=line)
     print(failure)
     assert failure is not None

@@ -323,11 +323,11 @@ def test_any_scale(backend, scale, longest):
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
-@pytest.mark.parametrize("level", [-300.0, -100.0, -20.0, 60.0, 300.0])
-@pytest.mark.parametrize("window", [None, 3, 2**32, 2**63 - 1])
+@pytest.mark.parametrize("level", [-300.0, -20.0, 60.0])
+@pytest.mark.parametrize("window", [None, 3])
 def test_scores_of_any_level(backend, dtype, level, window):
-    """All scores far from zero, on either side: what is summed is relative to the largest. Any window is a window."""
-    p = problem(B=2, Hk=1, group=4, T=9, N=3, D=16, longest=500, dtype=dtype)
+    """All scores far from zero, on either side: what is summed is relative to the largest."""
+    p = problem(B=2, Hk=1, group=4, T=9, N=3, D=16, longest=300, dtype=dtype)
     p["query"][..., 0] = 4.0 if level > 0 else -4.0
     p["key_cache"][..., 0] = torch.where(p["key_cache"][..., 0].isnan(), torch.nan, abs(level))
     out, lse = attend(**p, window=window, backend=backend, return_lse=True)
@@ -337,6 +337,13 @@ def test_scores_of_any_level(backend, dtype, level, window):
     roundings = 8 + int(abs(level)) if dtype == torch.float32 else 8
     assert_within_budget(out, want, plain_attention(p, {"window": window}), roundings=roundings)
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [2**31 - 1, 2**32, 2**63 - 1])
+def test_a_window_beyond_all_positions_is_none(backend, window):
+    p = problem_for(backend)
+    assert torch.equal(attend(**p, window=window, backend=backend), attend(**p, window=2**20, backend=backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -95,8 +95,10 @@ def cuda_architectures() -> list[int]:
     from torch.utils import cpp_extension
 
     nvcc = Path(cpp_extension.CUDA_HOME or "") / "bin" / "nvcc"
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    return [arch for arch in _ARCHITECTURES if f"sm_{arch}" in known] or [_ARCHITECTURES[0]]
+    known = ""
+    if nvcc.exists():
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+    return [arch for arch in _ARCHITECTURES if f"sm_{arch}" in known.split()] or [_ARCHITECTURES[0]]
 
 
 class BuildUnavailableError(Exception):

@@ -16,16 +16,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def(
       "configure",
       [](uint64_t seed, int multiprocessors, int resident_blocks, int shared_bytes_per_multiprocessor,
-         int shared_bytes_per_block, uint64_t first_launch) {
+         int shared_bytes_per_block, uint64_t first_launch, int without) {
         if (resident_blocks < 1) throw pybind11::value_error("configure: resident_blocks must be at least 1");
         simt::configure({seed,
                          first_launch,
                          resident_blocks,
-                         {multiprocessors, shared_bytes_per_multiprocessor, shared_bytes_per_block}});
+                         {multiprocessors, shared_bytes_per_multiprocessor, shared_bytes_per_block},
+                         without});
       },
       "seed"_a = 0, "multiprocessors"_a = 3, "resident_blocks"_a = 3, "shared_bytes_per_multiprocessor"_a = 233472,
-      "shared_bytes_per_block"_a = 232448, "first_launch"_a = 0,
+      "shared_bytes_per_block"_a = 232448, "first_launch"_a = 0, "without"_a = 0,
       "Sets the device that kernels see and what all randomness is drawn from; launches count from first_launch "
-      "again.");
+      "again. Barriers, commits and waits of copies on line `without` of a kernel do nothing.");
   if (simt::bind != nullptr) simt::bind(module);
 }
