@@ -4,6 +4,9 @@ VENV ?= .venv
 # The torch that the project is developed with; any from 2.10 on serves, for example `make test TORCH=torch`.
 TORCH ?= torch==2.13.0
 
+# Tests that run at a time. Each keeps to one thread, but for those that try several and `make test-sanitize`.
+JOBS ?= 2
+
 BIN := $(VENV)/bin
 SETUP := pyproject.toml setup.py
 
@@ -18,7 +21,7 @@ demo: $(VENV)/.package  ## Watch a small model decode with a rolling lookahead t
 
 test: $(VENV)/.test  ## Build the kernels and run the tests.
 	$(BIN)/lbr-kernels build
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.lint  ## ruff, mypy and clang-format.
 	$(BIN)/ruff check .
@@ -40,7 +43,7 @@ CUDA_TESTS = $(addprefix tests/test_,tree_attention.py tree_attention_cuda.py si
 test-sanitize: $(VENV)/.test  ## The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer; 1, 2, 4 threads.
 	set -e; for threads in 1 2 4; do OMP_NUM_THREADS=$$threads $(SANITIZED) \
 		$(BIN)/pytest -q --capture=sys $(KERNEL_TESTS) -k "not simt and not triton"; done
-	$(SANITIZED) $(BIN)/pytest -q --capture=sys $(CUDA_TESTS) -k "(simt or cuda) and not triton" --simt-seed=1
+	$(SANITIZED) $(BIN)/pytest -q -n $(JOBS) --capture=sys $(CUDA_TESTS) -k "(simt or cuda) and not triton" --simt-seed=1
 
 test-full: test test-sanitize gpu-check  ## All of it: other schedules of the CUDA kernels too; 80 minutes at most.
 	set -e; for seed in 2 3 4 5 6 7 8 9; do \
