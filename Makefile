@@ -47,8 +47,8 @@ test-sanitize: $(VENV)/.test  ## The kernels' tests under AddressSanitizer and U
 
 test-full: test test-sanitize gpu-check  ## All of it: other schedules of the CUDA kernels too; 80 minutes at most.
 	set -e; for seed in 2 3 4 5 6 7 8 9; do \
-		$(BIN)/pytest -q $(CUDA_TESTS) tests/test_barriers.py -k "(simt or cuda or barriers) and not triton" --simt-seed=$$seed; done
-	$(SANITIZED) $(BIN)/pytest -q --capture=sys $(CUDA_TESTS) -k "(simt or cuda) and not triton" --simt-seed=10
+		OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) $(CUDA_TESTS) tests/test_barriers.py -k "(simt or cuda or barriers) and not triton" --simt-seed=$$seed; done
+	$(SANITIZED) $(BIN)/pytest -q -n $(JOBS) --capture=sys $(CUDA_TESTS) -k "(simt or cuda) and not triton" --simt-seed=10
 	$(BIN)/pytest -q bench
 
 gpu-check: $(VENV)/.test  ## Compile the GPU kernels for sm_80, 90, 100: registers, spills, occupancy; fails if one is worse.
