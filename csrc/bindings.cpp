@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
   Tensor lse = torch::stable::new_empty(query, {p.batch, p.q_heads, p.num_queries}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  kernels(check, isa).tree_attention(p, kTorchPool);
+  if (p.q_heads > 0) kernels(check, isa).tree_attention(p, kTorchPool);
   return {out, lse};
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import BACKENDS
+from support import BACKENDS, device_of, to_device
 from test_route import random_router
 
 from lbr_kernels import ops
@@ -305,13 +305,14 @@ def halved(tensor):
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.half).copy_(tensor)
 
 
+@pytest.mark.parametrize("backend", ["cuda-simt", "triton"])
 @pytest.mark.parametrize("case", ON_CUDA)
-def test_cuda_refuses_in_the_same_words(case):
+def test_gpu_kernels_refuse_in_the_same_words(backend, case):
     (op, arguments), message = TABLE[case]
     tensors = ("query", "key_cache", "value_cache")
     arguments = {name: halved(value) if name in tensors else value for name, value in arguments.items()}
     with pytest.raises(RuntimeError) as error:
-        op(**arguments, backend="cuda-simt")
+        op(**{name: to_device(value, device_of(backend)) for name, value in arguments.items()}, backend=backend)
     assert str(error.value) == f"{op.__name__}: {message}"
 
 

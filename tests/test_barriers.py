@@ -1,7 +1,7 @@
-"""Every synchronisation of the CUDA kernels is needed: without one of them a result is wrong or a fault is reported.
+"""Every barrier of the CUDA kernels is needed: without one of them a result is wrong or a fault is reported.
 
 For each line in csrc/cuda where threads wait for each other or for data, the SIMT shim leaves out that line, and
-problems which the whole kernel passes have to fail.
+problems which the whole kernel passes have to fail. Fences, which order memory between blocks, are beyond the shim.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from lbr_kernels.ops import _extension
 
 KERNEL = _extension.source_dir() / "cuda" / "tree_attention.cuh"
 WAITS = re.compile(r"^ *(block_barrier|copy_async_wait<.*>|copy_async_commit)\(\);")
-LINES = [number for number, line in enumerate(KERNEL.read_text().splitlines(), 1) if WAITS.match(line)]
+SOURCE = KERNEL.read_text()
+LINES = [number for number, line in enumerate(SOURCE.splitlines(), 1) if WAITS.match(line)]
+assert len(LINES) == len(re.findall(r"(?:block_barrier|copy_async_wait<.*>|copy_async_commit)\(", SOURCE)) > 0
+SCHEDULES = 200
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +60,11 @@ def first_failure(cases, seeds: int, without: int = 0) -> str | None:
 
 
 def test_the_kernel_as_it_is(cases):
-    assert first_failure(cases, 100) is None
+    assert first_failure(cases, SCHEDULES) is None
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_without(line, cases):
-    assert len(LINES) >= 10
-    failure = first_failure(cases, 500, without=line)
+    failure = first_failure(cases, SCHEDULES, without=line)
     print(failure)
     assert failure is not None

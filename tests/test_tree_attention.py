@@ -385,6 +385,7 @@ def test_empty_batch_and_no_queries(backend):
     p = problem_for(backend, B=2)
     none = {name: tensor[:0] for name, tensor in p.items()}
     assert attend(**none, backend=backend).shape == (0, 4, 5, 16)
+    assert attend(**{**p, "query": p["query"][:, :0]}, backend=backend).shape == (2, 0, 5, 16)
     p["query"] = p["query"][:, :, :0]
     assert attend(**p, backend=backend).shape == (2, 4, 0, 16)
 

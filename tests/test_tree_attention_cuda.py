@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import simt_backend
 import torch
-from support import assert_within_budget
+from support import assert_within_budget, device_of, to_device
 from test_tree_attention import VARIANTS, problem
 
 from lbr_kernels import ops
@@ -30,8 +32,8 @@ def attend(p, **extras):
 def test_every_tile_on_devices_of_every_size(simt, head, rows):
     """Each instantiation with one part and with many, some rows too short for theirs, in both types."""
     group, N = (4, rows // 4) if rows <= 64 else (7, 23)
-    for dtype in (torch.float16, torch.bfloat16):
-        p = problem(B=2, Hk=1, group=group, N=N, T=N + 5, D=head, Dv=head - 8, longest=900, dtype=dtype)
+    for dtype, Dv in itertools.product((torch.float16, torch.bfloat16), (head, head - 8)):
+        p = problem(B=2, Hk=1, group=group, N=N, T=N + 5, D=head, Dv=Dv, longest=900, dtype=dtype)
         wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in p.items()}
         want, want_lse = ops.tree_attention_ref(**wide)
         plain, _ = ops.tree_attention_ref(**p)
@@ -92,20 +94,21 @@ def test_the_next_launch_finds_the_workspace_as_it_was(simt):
 )
 def test_a_bad_value_is_nan_and_a_flag(backend, change, message):
     """No check on the host sees it; the row is NaN, no other row is, and it is said once."""
-    p = problem(B=3, dtype=torch.float16)
+    p = {name: to_device(t, device_of(backend)) for name, t in problem(B=3, dtype=torch.float16).items()}
+    device = p["query"].device
     want, _ = ops.tree_attention(**p, return_lse=True, backend=backend)
-    ops.raise_if_flagged("cpu")
-    bad = {name: torch.tensor(value, dtype=torch.int32) for name, value in change.items()}
-    lens = p["prefix_lens"].clone()
+    ops.raise_if_flagged(device)
+    bad = {name: torch.tensor(value, dtype=torch.int32, device=device) for name, value in change.items()}
     if "prefix_lens" in bad:
-        bad["prefix_lens"] = torch.where(torch.tensor([False, True, False]), bad["prefix_lens"], lens)
+        second = torch.tensor([False, True, False], device=device)
+        bad["prefix_lens"] = torch.where(second, bad["prefix_lens"], p["prefix_lens"])
     out, lse = ops.tree_attention(**{**p, **bad}, return_lse=True, backend=backend)
     assert out[1].isnan().all()
     assert lse[1].isnan().all()
     assert torch.equal(out[[0, 2]], want[[0, 2]])
     with pytest.raises(RuntimeError, match=message):
-        ops.raise_if_flagged("cpu")
-    ops.raise_if_flagged("cpu")
+        ops.raise_if_flagged(device)
+    ops.raise_if_flagged(device)
 
 
 def misaligned(tensor):
@@ -113,7 +116,7 @@ def misaligned(tensor):
     return room.view(tensor.shape).copy_(tensor)
 
 
-NEAREST = " for backend 'cuda'; the nearest accepted backend is 'triton'"
+NEAREST = " for backend 'cuda'; the nearest accepted backend is "
 REFUSED = {
     "head size": (problem(D=20, dtype=torch.half), "query has head size 20, expected a multiple of 8 up to 256"),
     "value size": (problem(Dv=4, dtype=torch.half), "value_cache has head size 4, expected a multiple of 8 up to 256"),
@@ -135,9 +138,10 @@ def test_what_it_does_not_take(case):
     p, message = REFUSED[case]
     with pytest.raises(RuntimeError) as error:
         attend(p)
-    assert str(error.value) == "tree_attention: " + message + NEAREST
-    others = "reference" if case in ("too large", "no values") else "triton"
-    assert ops.tree_attention(**p, backend=others).isfinite().all()
+    nearest = "reference" if case in ("too large", "no values") else "triton"
+    assert str(error.value) == f"tree_attention: {message}{NEAREST}'{nearest}'"
+    moved = {name: to_device(tensor, device_of(nearest)) for name, tensor in p.items()}
+    assert ops.tree_attention(**moved, backend=nearest).isfinite().all()
 
 
 def test_strides_of_what_is_there_once_do_not_matter():

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -82,7 +83,9 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
   const OnDeviceOf device(query);
   const gpu::Device properties = gpu::current_device();
   const std::string unsupported = gpu::tree_attention_unsupported(p, properties);
-  check(unsupported.empty(), unsupported, " for backend 'cuda'; the nearest accepted backend is 'triton'");
+  const bool fits_triton = std::max(p.head_dim, p.value_dim) <= 256 && p.value_dim > 0;
+  check(unsupported.empty(), unsupported, " for backend 'cuda'; the nearest accepted backend is '",
+        fits_triton ? "triton" : "reference", "'");
 
   Tensor out = torch::stable::new_empty(query, {p.batch, p.q_heads, p.num_queries, p.value_dim});
   Tensor lse = torch::stable::new_empty(query, {p.batch, p.q_heads, p.num_queries}, ScalarType::Float);

@@ -29,14 +29,14 @@ OLDEST_GPU = (8, 0)
 class Backend:
     """A way to run ops: ``torch.ops.<namespace>.<op><suffix>`` with the arguments ``extra``.
 
-    ``ops`` names those that it has, None stands for all; ``device`` is the type of the tensors it takes, None stands
-    for any. ``load`` is asked once per device: it makes the backend ready, or says why it cannot run. ``nearest`` is
-    what a message recommends in its place.
+    ``ops`` names those that it has, ``device`` the type of device and ``dtypes`` the types of the tensors it takes;
+    None stands for all. ``load`` is asked once per device: it makes the backend ready, or says why it cannot run.
+    ``nearest`` is what a message recommends in its place.
     """
 
     name: str
     device: str | None = None
-    dtypes: tuple[torch.dtype, ...] = FLOATING
+    dtypes: tuple[torch.dtype, ...] | None = FLOATING
     ops: frozenset[str] | None = None
     nearest: str = "reference"
     namespace: str = "lbr_kernels"
@@ -51,11 +51,10 @@ class Backend:
         if self.device is not None and device.type != self.device:
             nearest = "cpu" if device.type == "cpu" else "reference"
             return f"it takes tensors on {self.device}, got {device}; the nearest accepted backend is {nearest!r}"
-        if self.device is not None and dtype is not None and dtype not in self.dtypes:
+        if self.dtypes is not None and dtype is not None and dtype not in self.dtypes:
             *others, last = (str(accepted).removeprefix("torch.") for accepted in self.dtypes)
-            return (
-                f"it takes {', '.join(others)} or {last}, got {dtype}; the nearest accepted backend is {self.nearest!r}"
-            )
+            nearest = self.nearest if dtype in FLOATING else "reference"
+            return f"it takes {', '.join(others)} or {last}, got {dtype}; the nearest accepted backend is {nearest!r}"
         reason: str | None = _load(self.name, str(device))
         return reason
 
@@ -123,9 +122,12 @@ def _load_triton(device: torch.device) -> str | None:
         return f"it takes tensors on cuda, got {device}; the nearest accepted backend is {nearest!r}"
     if device.type == "cuda" and (reason := _missing_gpu(device)) is not None:
         return reason
-    from lbr_kernels.ops import _triton
+    try:
+        from lbr_kernels.ops import _triton
 
-    _triton.register()
+        _triton.register()
+    except Exception as error:  # whatever an import that is only half there has to say
+        return f"triton cannot be used ({error}); the nearest accepted backend is 'reference'"
     return None
 
 
@@ -134,7 +136,7 @@ _CPU_ISAS = {"cpu": 0, "cpu-portable": 1, "cpu-avx2": 2, "cpu-avx512": 3, "cpu-a
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("reference"),
+        Backend("reference", dtypes=None),
         *(Backend(name, device="cpu", extra={"isa": isa}, load=_load_cpu(isa)) for name, isa in _CPU_ISAS.items()),
         Backend(
             "cuda", device="cuda", dtypes=HALF, ops=frozenset({"tree_attention"}), nearest="triton", load=_load_cuda

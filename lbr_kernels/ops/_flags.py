@@ -52,7 +52,8 @@ def with_index(device: torch.device) -> torch.device:
 def raise_if_flagged(device: torch.device | str) -> None:
     """Wait for ``device`` and say whether a kernel has met a bad value on it since the last call.
 
-    On the CPU values are checked in every call, and this returns at once.
+    The CPU's kernels check values in every call: there this has something to say only after kernels for GPUs have run
+    on the CPU, in tests.
 
     Raises:
         RuntimeError: it has; the results of the rows concerned are NaN.

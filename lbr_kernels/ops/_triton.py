@@ -13,23 +13,29 @@ import torch
 from torch import Tensor
 
 from lbr_kernels.ops import _flags, _registry, tree_attention_triton
+from lbr_kernels.ops.tree_attention import check_arguments
+
+# By op: the kernel, and what checks its arguments.
+KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
+    "tree_attention": (tree_attention_triton.tree_attention_triton, check_arguments),
+}
 
 
 @functools.cache
 def register() -> None:
     """Define the ops. Imports Triton."""
-    kernels: dict[str, Callable[..., Any]] = {"tree_attention": tree_attention_triton.tree_attention_triton}
-    for op, kernel in kernels.items():
+    for op, (kernel, check) in KERNELS.items():
         name = f"{op}_triton"
         _registry.LIBRARY.define(name + _registry.SCHEMAS[op], tags=torch.Tag.pt2_compliant_tag)
-        _registry.LIBRARY.impl(name, _with_flags(kernel), "CUDA")
+        _registry.LIBRARY.impl(name, _checked(kernel, check), "CUDA")
         if tree_attention_triton.interpreting():
-            _registry.LIBRARY.impl(name, _with_flags(kernel), "CPU")
+            _registry.LIBRARY.impl(name, _checked(kernel, check), "CPU")
         torch.library.register_fake(f"lbr_kernels::{name}", _registry.FAKES[op], lib=_registry.LIBRARY)
 
 
-def _with_flags(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def _checked(kernel: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
     def run(lead: Tensor, *args: Any, **kwargs: Any) -> Any:
+        check(lead, *args, **kwargs)
         return kernel(lead, *args, **kwargs, flag=_flags.word(lead.device))
 
     return run

@@ -108,6 +108,53 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
+def check_arguments(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    prefix_lens: Tensor,
+    ancestors: Tensor,
+    *,
+    num_nodes: Tensor | None = None,
+    scale: float | None = None,
+    depths: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> None:
+    """All that is refused but for values of tensors; in C++ that is csrc/tree_attention.h."""
+    check = Checker("tree_attention")
+    device = query.device
+    check.shape("query", query, (Axis("B"), Axis("Hq"), Axis("N"), Axis("D")))
+    check.floating("query", query)
+    check.last_contiguous("query", query)
+    B, Hq, N, D = query.shape
+    check.device("key_cache", key_cache, device)
+    check.shape("key_cache", key_cache, (Axis("B", B), Axis("Hk"), Axis("S"), Axis("D", D)))
+    check.dtype("key_cache", key_cache, query.dtype)
+    check.last_contiguous("key_cache", key_cache)
+    _, Hk, S, _ = key_cache.shape
+    check.device("value_cache", value_cache, device)
+    check.shape("value_cache", value_cache, (Axis("B", B), Axis("Hk", Hk), Axis("S", S), Axis("Dv")))
+    check.dtype("value_cache", value_cache, query.dtype)
+    check.last_contiguous("value_cache", value_cache)
+    check(Hk > 0 and Hq % Hk == 0, f"query has {Hq} heads, expected a multiple of key_cache's {Hk}")
+    check(D > 0, f"query has head size {D}, expected at least 1")
+    check.side_input("prefix_lens", prefix_lens, torch.int32, (Axis("B", B),), device)
+    check.shape("ancestors", ancestors, (Axis("B", B, or_one=True), Axis("T"), Axis("W")))
+    T = ancestors.shape[1]
+    words = Axis("W", (T + 63) // 64)
+    check.side_input("ancestors", ancestors, torch.int64, (Axis("B", B, or_one=True), Axis("T", T), words), device)
+    check(N <= T, f"query has {N} nodes, expected at most the tree's {T}")
+    check.side_input("num_nodes", num_nodes, torch.int32, (Axis("B", B),), device)
+    check.side_input("depths", depths, torch.int32, (Axis("B", B, or_one=True), Axis("T", T)), device)
+    check.side_input("sinks", sinks, torch.float32, (Axis("Hq", Hq),), device)
+    check.side_input("alibi_slopes", alibi_slopes, torch.float32, (Axis("Hq", Hq),), device)
+    check(window is None or window >= 1, f"window is {window}, expected an integer >= 1")
+    check(softcap is None or softcap > 0, f"softcap is {number(softcap or 0.0)}, expected a number > 0")
+
+
 def _check_values(
     check: Checker,
     query: Tensor,
@@ -138,36 +185,15 @@ def tree_attention_ref(
     alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification, in plain PyTorch: fp32 inside, fp64 for fp64 inputs."""
-    check = Checker("tree_attention")
+    check_arguments(
+        query, key_cache, value_cache, prefix_lens, ancestors, num_nodes=num_nodes, depths=depths, window=window,
+        softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes,
+    )  # fmt: skip
+    _check_values(Checker("tree_attention"), query, key_cache, prefix_lens, ancestors, num_nodes)
     device = query.device
-    check.shape("query", query, (Axis("B"), Axis("Hq"), Axis("N"), Axis("D")))
-    check.floating("query", query)
-    check.last_contiguous("query", query)
     B, Hq, N, D = query.shape
-    check.device("key_cache", key_cache, device)
-    check.shape("key_cache", key_cache, (Axis("B", B), Axis("Hk"), Axis("S"), Axis("D", D)))
-    check.dtype("key_cache", key_cache, query.dtype)
-    check.last_contiguous("key_cache", key_cache)
     _, Hk, S, _ = key_cache.shape
-    check.device("value_cache", value_cache, device)
-    check.shape("value_cache", value_cache, (Axis("B", B), Axis("Hk", Hk), Axis("S", S), Axis("Dv")))
-    check.dtype("value_cache", value_cache, query.dtype)
-    check.last_contiguous("value_cache", value_cache)
-    check(Hk > 0 and Hq % Hk == 0, f"query has {Hq} heads, expected a multiple of key_cache's {Hk}")
-    check(D > 0, f"query has head size {D}, expected at least 1")
-    check.side_input("prefix_lens", prefix_lens, torch.int32, (Axis("B", B),), device)
-    check.shape("ancestors", ancestors, (Axis("B", B, or_one=True), Axis("T"), Axis("W")))
     T = ancestors.shape[1]
-    words = Axis("W", (T + 63) // 64)
-    check.side_input("ancestors", ancestors, torch.int64, (Axis("B", B, or_one=True), Axis("T", T), words), device)
-    check(N <= T, f"query has {N} nodes, expected at most the tree's {T}")
-    check.side_input("num_nodes", num_nodes, torch.int32, (Axis("B", B),), device)
-    check.side_input("depths", depths, torch.int32, (Axis("B", B, or_one=True), Axis("T", T)), device)
-    check.side_input("sinks", sinks, torch.float32, (Axis("Hq", Hq),), device)
-    check.side_input("alibi_slopes", alibi_slopes, torch.float32, (Axis("Hq", Hq),), device)
-    check(window is None or window >= 1, f"window is {window}, expected an integer >= 1")
-    check(softcap is None or softcap > 0, f"softcap is {number(softcap or 0.0)}, expected a number > 0")
-    _check_values(check, query, key_cache, prefix_lens, ancestors, num_nodes)
 
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     if N == 0:
