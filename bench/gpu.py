@@ -1,9 +1,9 @@
 """The benchmark of ``ops.tree_attention`` on a GPU.
 
-    PYTHONPATH=. python3 bench/gpu.py attention             at most 8 minutes; JSON, table, plot into bench/results/
-    PYTHONPATH=. python3 bench/gpu.py attention --quick     a selection of the shapes
-    PYTHONPATH=. python3 bench/gpu.py attention --dry-run   no GPU: the same code on tiny shapes; keeps nothing
-    PYTHONPATH=. python3 bench/gpu.py results               bench/results/gpu.md, from the runs that are kept
+    .venv/bin/python bench/gpu.py attention             at most 8 minutes; JSON, table, plot into bench/results/
+    .venv/bin/python bench/gpu.py attention --quick     a selection of the shapes
+    .venv/bin/python bench/gpu.py attention --dry-run   no GPU: the same code on tiny shapes; keeps nothing
+    .venv/bin/python bench/gpu.py results               bench/results/gpu.md, from the runs that are kept
 
 ``lbr-kernels build`` comes first where kernels have to be compiled; optional sides are those whose package can be
 imported (flash_attn, flash_attn_interface, flashinfer; the last compiles at first use).

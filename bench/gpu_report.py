@@ -27,7 +27,7 @@ ROW_CLASSES = (16, 32, 64, 128)
 """Query rows per key head, rounded up; more count as the last: the classes of ``lbr_kernels/ops/_preferences.py``."""
 SUFFIX = "-attention.json"
 
-COMMAND = "PYTHONPATH=. python3 bench/gpu.py"
+COMMAND = ".venv/bin/python bench/gpu.py"
 OTHERS = (
     "SDPA, dense mask, enable_gqa",
     "SDPA, dense mask, heads folded",
