@@ -440,6 +440,7 @@ def measure(
         "dtype": str(machine.dtype).removeprefix("torch."), "method": method(machine),
         "roof": [machine.roof()], "not_available": missing, "skipped": [], "shapes": [], "preference": [],
     }  # fmt: skip
+    problem: Problem | None = None
     for index, shape in enumerate(shapes):
         end = schedule.slice_end(len(shapes) - index)
         free = machine.free_bytes()
@@ -464,7 +465,7 @@ def measure(
             say(f"aborted: {data['aborted']}")
             break
         finally:
-            problem = None  # type: ignore[assignment]
+            problem = None  # its memory is the next shape's
         data["shapes"].append({
             "shape": shape.describe(), "cache_bytes": used, "bytes": shape.bytes(machine.dtype), "flops": shape.flops(),
             "sets": sets, "cold": sets * used > COLD * machine.cache_bytes, "seed": index, "sides": records,

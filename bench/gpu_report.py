@@ -16,6 +16,8 @@ from typing import Any
 
 from report import number, spread
 
+from lbr_kernels.ops._preferences import shape_class
+
 Entry = dict[str, Any]
 
 MEGA = 1_000_000
@@ -23,8 +25,6 @@ SHARE_BARS = ((250 * MEGA, 80.0), (64 * MEGA, 55.0))
 """From so many bytes of cache per layer on, so many per cent of the roof."""
 TIME_BAR = (16 * MEGA, 10e-6)
 """Below so many bytes of cache per layer, at most so many seconds."""
-ROW_CLASSES = (16, 32, 64, 128)
-"""Query rows per key head, rounded up; more count as the last: the classes of ``lbr_kernels/ops/_preferences.py``."""
 SUFFIX = "-attention.json"
 
 COMMAND = ".venv/bin/python bench/gpu.py"
@@ -75,7 +75,10 @@ def seconds(entry: Entry, name: str) -> float:
 
 def ours(entry: Entry) -> str | None:
     """The faster of ours."""
-    names = [name for name in timed(entry) if name.startswith("ours")]
+    return fastest(entry, [name for name in timed(entry) if name.startswith("ours")])
+
+
+def fastest(entry: Entry, names: list[str]) -> str | None:
     return min(names, key=lambda name: seconds(entry, name)) if names else None
 
 
@@ -118,11 +121,6 @@ def is_ahead(entry: Entry) -> bool | None:
     return all(ratio(entry, other, name)[1] > 1 for other in rest)
 
 
-def row_class(rows: int) -> int:
-    """The class of a shape by its query rows per key head."""
-    return next((most for most in ROW_CLASSES if rows <= most), ROW_CLASSES[-1])
-
-
 def preference(entries: Iterable[Entry]) -> list[dict[str, Any]]:
     """For every class of shapes which of our two backends is faster: by the geometric mean of triton / cuda.
 
@@ -132,7 +130,7 @@ def preference(entries: Iterable[Entry]) -> list[dict[str, Any]]:
     for entry in entries:
         if {"ours, cuda", "ours, triton"} <= set(timed(entry)):
             shape = entry["shape"]
-            ratios = found.setdefault((row_class(shape["rows"]), shape["head_size"]), [])
+            ratios = found.setdefault(shape_class(shape["rows"], shape["head_size"]), [])
             ratios.append(ratio(entry, "ours, triton", "ours, cuda")[1])
     return [
         {
@@ -348,11 +346,8 @@ def draw(run: Run, path: Path) -> None:
     xs = sorted([1.0, matmul / copy, *intensity, 2 * matmul / copy])
     roofline.plot(xs, [min(x * copy, matmul) / 1e12 for x in xs], color="black", linewidth=1, label="roof")
     mine = [(x, entry, name) for x, entry in zip(intensity, run.entries, strict=True) if (name := ours(entry))]
-    best = [
-        (x, entry, min(others(entry), key=lambda name, entry=entry: seconds(entry, name)))  # type: ignore[misc]
-        for x, entry in zip(intensity, run.entries, strict=True)
-        if others(entry)
-    ]
+    rest = [(x, entry, fastest(entry, others(entry))) for x, entry in zip(intensity, run.entries, strict=True)]
+    best = [(x, entry, name) for x, entry, name in rest if name]
     for label, color, marker, points in (
         ("tree_attention", "#1f5fa8", "o", mine),
         ("the fastest other side", "#c46a1a", "x", best),

@@ -36,6 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 KEPT = RESULTS / "gpu-resources.json"
 TILES = Path(__file__).parent / "tile_shapes.cpp"
 WARPS = 4
+ARCHITECTURES_ORDER = {f"sm_{arch}": arch for arch in ARCHITECTURES}
 TYPES = {"Half": "fp16", "BFloat16": "bf16"}
 KERNEL = re.compile(r"tree_attention_kernelINS0_\d+(Half|BFloat16)ELi(\d+)ELi(\d+)ELb([01])EE")
 
@@ -94,9 +95,6 @@ def cuda_resources(architectures: list[int]) -> tuple[list[Record], dict[str, fl
                     }
                 )
     return sorted(records, key=lambda r: (ARCHITECTURES_ORDER[r["arch"]], r["kernel"])), seconds
-
-
-ARCHITECTURES_ORDER = {f"sm_{arch}": arch for arch in ARCHITECTURES}
 
 
 def measure() -> dict[str, Any]:

@@ -46,6 +46,8 @@ def to_device(value: object, device: torch.device) -> object:
     """Tensors go to ``device``, strides and all; everything else stays."""
     if not isinstance(value, Tensor) or value.device == device:
         return value
+    if 0 in value.stride():  # expanded: the copy is not, and could not be written to if it were
+        return value.to(device)
     moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
     return moved.copy_(value)
 

@@ -373,8 +373,7 @@ def test_verdicts(dry):
 def test_preference(dry):
     data = as_if_measured(json.loads(dry[0].read_text()), {"ours, cuda": 4e-6, "ours, triton": 6e-6})
     classes = [(one["rows"], one["head_size"], one["backend"]) for one in data["preference"]]
-    assert classes == [(16, 16, "cuda"), (64, 32, "cuda"), (128, 16, "cuda")]
-    assert list(map(gpu_report.row_class, (1, 16, 17, 48, 64, 65, 273))) == [16, 16, 32, 64, 64, 128, 128]
+    assert classes == [(16, 64, "cuda"), (64, 64, "cuda"), (128, 64, "cuda")]
     names: dict[str, object] = {}
     exec(gpu_report.preference_literal(gpu_report.Run(data, "a-run")), names)
     assert names["SOURCE"] == "a-run.json"
@@ -382,12 +381,6 @@ def test_preference(dry):
     other = as_if_measured(json.loads(dry[0].read_text()), {"ours, cuda": 6e-6, "ours, triton": 4e-6})
     assert {one["backend"] for one in other["preference"]} == {"triton"}
     assert gpu_report.preference([]) == []
-
-
-def test_the_library_knows_these_classes():
-    preferences = pytest.importorskip("lbr_kernels.ops._preferences")
-    assert preferences.ROWS == gpu_report.ROW_CLASSES
-    assert {shape.head_size for shape in SHAPES} <= set(preferences.HEAD_SIZES)
 
 
 def test_the_results_page_says_what_was_measured(dry, monkeypatch, tmp_path):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import json
 
+import gpu_resources
 import pytest
-
-triton = pytest.importorskip("triton")
-import gpu_resources  # noqa: E402
 
 KEPT = json.loads(gpu_resources.KEPT.read_text())
 

@@ -98,14 +98,13 @@ def test_which_gpu_kernels_take_a_tensor():
     assert order(D=264) == order(dtype=torch.float64) == ()
 
 
-@pytest.mark.parametrize(("rows", "head_size"), [(3, 64), (16, 65), (17, 128), (129, 256)])
-def test_preferences(monkeypatch, rows, head_size):
+@pytest.mark.parametrize(
+    ("rows", "head_size", "known"),
+    [(3, 64, (16, 64)), (16, 65, (16, 128)), (17, 128, (32, 128)), (65, 80, (128, 128)), (273, 256, (128, 256))],
+)
+def test_preferences(monkeypatch, rows, head_size, known):
     assert _preferences.tree_attention(rows, head_size) == ("cuda", "triton")
-    classes = (
-        next((r for r in _preferences.ROWS if rows <= r), 128),
-        next(h for h in _preferences.HEAD_SIZES if head_size <= h),
-    )
-    monkeypatch.setitem(_preferences.TREE_ATTENTION, classes, "triton")
+    monkeypatch.setitem(_preferences.TREE_ATTENTION, known, "triton")
     assert _preferences.tree_attention(rows, head_size) == ("triton", "cuda")
     assert _preferences.tree_attention(200 if rows <= 64 else 3, head_size) == ("cuda", "triton")
 

@@ -91,13 +91,13 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
   Tensor lse = torch::stable::new_empty(query, {p.batch, p.q_heads, p.num_queries}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  if (out.numel() == 0 && lse.numel() == 0) return {out, lse};
+  if (lse.numel() == 0) return {out, lse};
 
   const gpu::TreeAttentionPlan plan = gpu::plan_tree_attention(p, properties);
   const gpu::Stream stream = current_stream(query.get_device());
   gpu::TreeAttentionWorkspace workspace{nullptr, nullptr, flags_of(query)};
-  Tensor
-      partials;  // back to torch's allocator at the end, which gives it to nobody before this stream has done with it
+  // Goes back to torch's allocator at the end, which gives it to nobody before this stream has done with it.
+  Tensor partials;
   if (plan.splits > 1) {
     partials = torch::stable::new_empty(query, {plan.partials}, ScalarType::Float);
     workspace.partials = static_cast<float*>(partials.mutable_data_ptr());

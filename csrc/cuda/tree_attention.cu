@@ -91,7 +91,6 @@ TreeAttentionPlan plan_tree_attention(const TreeAttentionParams& p, const Device
 
 void tree_attention(const TreeAttentionParams& params, const TreeAttentionPlan& plan,
                     const TreeAttentionWorkspace& workspace, Stream stream) {
-  if (params.batch == 0 || params.num_queries == 0 || params.q_heads == 0) return;
   TreeAttentionLaunch launch{params, workspace, plan.row_tiles, plan.tile_rows, plan.splits};
   launch.params.window = std::min<int64_t>(params.window, INT32_MAX);  // positions are of 32 bits
   switch (plan.tile.head) {

@@ -106,7 +106,8 @@ int choose_splits(int64_t tiles, int64_t key_tiles, int64_t slots, double merge_
 // Throws where the kernels were not compiled for the current device.
 void require_tree_attention();
 
-// One launch. Nothing is waited for, and nothing of what the pointers name is read on the host.
+// One launch, for a batch that has queries. Nothing is waited for, and nothing of what the pointers name is read on the
+// host.
 void tree_attention(const TreeAttentionParams& params, const TreeAttentionPlan& plan,
                     const TreeAttentionWorkspace& workspace, Stream stream);
 

@@ -17,8 +17,13 @@ ROWS = (16, 32, 64, 128)
 HEAD_SIZES = (64, 128, 256)
 
 
+def shape_class(rows: int, head_size: int) -> tuple[int, int]:
+    """Where a shape stands in the table."""
+    row_class = next((most for most in ROWS if rows <= most), ROWS[-1])
+    return row_class, next((most for most in HEAD_SIZES if head_size <= most), HEAD_SIZES[-1])
+
+
 def tree_attention(rows: int, head_size: int) -> tuple[str, str]:
     """The two backends, the one to be taken first."""
-    row_class = next((most for most in ROWS if rows <= most), ROWS[-1])
-    head_class = next((most for most in HEAD_SIZES if head_size <= most), HEAD_SIZES[-1])
-    return ("triton", "cuda") if TREE_ATTENTION.get((row_class, head_class)) == "triton" else ("cuda", "triton")
+    faster = TREE_ATTENTION.get(shape_class(rows, head_size))
+    return ("triton", "cuda") if faster == "triton" else ("cuda", "triton")

@@ -513,22 +513,15 @@ def tree_attention_triton(
     value_cache: Tensor,
     prefix_lens: Tensor,
     ancestors: Tensor,
-    *,
-    num_nodes: Tensor | None = None,
-    scale: float | None = None,
-    depths: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    flag: Tensor | None = None,
+    **features: Any,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, as :func:`lbr_kernels.ops.tree_attention` defines them.
 
     Shapes, dtypes and devices are the caller's to check.
 
     Args:
-        flag: int32 ``[1]``; where a row's ``prefix_lens`` is out of range 1 is or-ed into it, for ``num_nodes`` 2.
+        features: the op's keyword arguments; and ``flag``, int32 ``[1]``: where a row's ``prefix_lens`` is out of range
+            1 is or-ed into it, for ``num_nodes`` 2.
 
     Raises:
         RuntimeError: a head size or value size is larger than 256.
@@ -547,8 +540,7 @@ def tree_attention_triton(
     # The interpreter cannot round to bf16.
     target = out.float() if interpreting() else out
     call = launch(
-        query, key_cache, value_cache, prefix_lens, ancestors, target, lse, num_nodes=num_nodes, scale=scale,
-        depths=depths, window=window, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, flag=flag,
+        query, key_cache, value_cache, prefix_lens, ancestors, target, lse, **features,
         multiprocessors=_multiprocessors(query.device),
     )  # fmt: skip
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
