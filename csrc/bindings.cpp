@@ -10,12 +10,14 @@
 #include <optional>
 #include <string>
 #include <tuple>
-#include <unordered_map>
 #include <vector>
 
 #include "checks.h"
+#include "commit.h"
 #include "cpu/kernels.h"
 #include "params.h"
+#include "route.h"
+#include "sample_children.h"
 #include "tree_attention.h"
 
 namespace lbr {
@@ -60,45 +62,9 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
 void commit_(const std::vector<Tensor>& caches, const Tensor& prefix_lens, const Tensor& sources,
              const OptionalTensor& num_moves, int64_t advance, const OptionalTensor& row_advance, int64_t /*isa*/) {
   const Checker check("commit_", prefix_lens);
-  CommitParams p;
-  check.device("prefix_lens", prefix_lens);
-  check.shape("prefix_lens", prefix_lens, {{"B"}});
-  check.dtype("prefix_lens", prefix_lens, ScalarType::Int);
-  check.last_contiguous("prefix_lens", prefix_lens);
-  p.batch = prefix_lens.size(0);
-  p.sources = check.side_input<int32_t>("sources", sources, ScalarType::Int, {{"B", p.batch}, {"M"}});
-  p.max_moves = sources.size(1);
-  p.sources_stride = sources.stride(0);
-  p.num_moves = check.side_input<int32_t>("num_moves", num_moves, ScalarType::Int, {{"B", p.batch}});
-  p.advance = check.side_input<int32_t>("advance", row_advance, ScalarType::Int, {{"B", p.batch}});
-  p.advance_all = advance;
-
-  std::unordered_map<const char*, size_t> first_use;
-  std::vector<CommitParams::Cache> parts;
-  parts.reserve(caches.size());
-  int64_t slots = -1;
-  for (size_t c = 0; c < caches.size(); ++c) {
-    const Tensor& cache = caches[c];
-    const std::string name = "caches[" + std::to_string(c) + "]";
-    check.device(name.c_str(), cache);
-    check.shape(name.c_str(), cache, {{"B", p.batch}, {"H"}, {"S"}, {"D"}});
-    check.last_contiguous(name.c_str(), cache);
-    for (int64_t d = 0; d < 4; ++d)
-      check(cache.size(d) <= 1 || cache.stride(d) != 0, name, " is expanded, expected memory of its own");
-    const int64_t size = int64_t(cache.element_size());
-    char* const data = static_cast<char*>(cache.mutable_data_ptr());
-    if (cache.numel() > 0) {
-      const auto [first, is_new] = first_use.emplace(data, c);
-      check(is_new, name, " is caches[", first->second, "] again, expected each buffer once");
-    }
-    parts.push_back({data, cache.size(1), cache.size(3) * size, cache.stride(0) * size, cache.stride(1) * size,
-                     cache.stride(2) * size});
-    slots = slots < 0 || cache.size(2) < slots ? cache.size(2) : slots;
-  }
-  p.caches = parts.data();
-  p.num_caches = int64_t(parts.size());
-  p.prefix_lens = static_cast<int32_t*>(prefix_lens.mutable_data_ptr());
-
+  const CommitArguments arguments =
+      commit_arguments(check, caches, prefix_lens, sources, num_moves, advance, row_advance);
+  const CommitParams& p = arguments.params;
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t moves = p.num_moves ? p.num_moves[b] : p.max_moves, len = p.prefix_lens[b];
     check(moves >= 0 && moves <= p.max_moves, "num_moves[", b, "] is ", moves,
@@ -112,20 +78,11 @@ void commit_(const std::vector<Tensor>& caches, const Tensor& prefix_lens, const
       const int64_t source = p.sources[b * p.sources_stride + i];
       const int64_t least = i == 0 ? 0 : p.sources[b * p.sources_stride + i - 1] + 1;
       check(source >= least, "sources[", b, ", ", i, "] is ", source, ", expected ascending sources, here >= ", least);
-      check(slots < 0 || len + source < slots, "sources[", b, ", ", i, "] is ", source,
-            ", expected prefix_lens + source < S = ", slots, " with prefix_lens = ", len);
+      check(p.slots < 0 || len + source < p.slots, "sources[", b, ", ", i, "] is ", source,
+            ", expected prefix_lens + source < S = ", p.slots, " with prefix_lens = ", len);
     }
   }
   commit(p, kTorchPool);
-}
-
-void check_filters(const Checker& check, const SamplingFilters& f, int64_t row) {
-  std::string where = row < 0 ? "" : "[" + std::to_string(row) + "]";
-  check(f.temperature > 0 && f.temperature < INFINITY, "temperature", where, " is ", f.temperature,
-        ", expected a finite number > 0");
-  check(f.top_k >= 0, "top_k", where, " is ", f.top_k, ", expected an integer >= 0");
-  check(f.top_p >= 0 && f.top_p <= 1, "top_p", where, " is ", f.top_p, ", expected 0 <= top_p <= 1");
-  check(f.min_p >= 0 && f.min_p <= 1, "min_p", where, " is ", f.min_p, ", expected 0 <= min_p <= 1");
 }
 
 // Shared by sample_children (with uniforms) and top_children (with a width).
@@ -133,26 +90,9 @@ std::tuple<Tensor, Tensor> draw_children(const Checker& check, const Tensor& log
                                          int64_t width, double temperature, int64_t top_k, double top_p, double min_p,
                                          const OptionalTensor& row_filters, const OptionalTensor& row_index,
                                          int64_t isa) {
-  SampleChildrenParams p;
-  check.device("logits", logits);
-  check.shape("logits", logits, {{"R"}, {"V"}});
-  p.dtype = check.floating("logits", logits);
-  check.last_contiguous("logits", logits);
-  p.logit_rows = logits.size(0), p.vocab = logits.size(1), p.logits_stride = logits.stride(0);
-  check(p.vocab >= 1 && p.vocab <= (int64_t(1) << 22), "logits has a vocabulary of ", p.vocab,
-        ", expected 1 <= V <= 4194304");
-  p.row_index = check.side_input<int64_t>("row_index", row_index, ScalarType::Long, {{"rows"}});
-  p.rows = row_index ? row_index->size(0) : p.logit_rows;
-  p.uniforms = check.side_input<double>("uniforms", uniforms, ScalarType::Double, {{"rows", p.rows}, {"K"}});
-  p.width = uniforms ? uniforms->size(1) : width;
-  p.uniforms_stride = uniforms ? uniforms->stride(0) : 0;
-  check(p.width >= 1, "width is ", p.width, ", expected an integer >= 1");
-  p.filters = {temperature, top_k, top_p, min_p};
-  check_filters(check, p.filters, -1);
-  p.row_filters =
-      check.side_input<double>("row_filters", row_filters, ScalarType::Double, {{"R", p.logit_rows}, {"4", 4}});
+  SampleChildrenParams p =
+      sample_children_params(check, logits, uniforms, width, temperature, top_k, top_p, min_p, row_filters, row_index);
   if (p.row_filters) {
-    check(row_filters->is_contiguous(), "row_filters is not contiguous, expected a dense tensor");
     for (int64_t r = 0; r < p.logit_rows; ++r) {
       const double* f = p.row_filters + 4 * r;
       check(f[1] >= 0 && f[1] <= 0x1p53 && f[1] == std::floor(f[1]), "top_k[", r, "] is ", f[1],
@@ -161,8 +101,8 @@ std::tuple<Tensor, Tensor> draw_children(const Checker& check, const Tensor& log
     }
   }
   for (int64_t r = 0; p.row_index && r < p.rows; ++r)
-    check(p.row_index[r] >= 0 && p.row_index[r] < p.logit_rows, "row_index[", r, "] is ", p.row_index[r],
-          ", expected 0 <= index < R = ", p.logit_rows);
+    check(p.row_index[r] >= -1 && p.row_index[r] < p.logit_rows, "row_index[", r, "] is ", p.row_index[r],
+          ", expected -1 <= index < R = ", p.logit_rows);
   for (int64_t r = 0; p.uniforms && r < p.rows; ++r)
     for (int64_t k = 0; k < p.width; ++k) {
       const double u = p.uniforms[r * p.uniforms_stride + k];
@@ -172,7 +112,6 @@ std::tuple<Tensor, Tensor> draw_children(const Checker& check, const Tensor& log
   Tensor tokens = torch::stable::new_empty(logits, {p.rows, p.width}, ScalarType::Long);
   Tensor log_probs = torch::stable::new_empty(logits, {p.rows, p.width}, ScalarType::Float);
   std::vector<SampleChildrenParams::Status> status(p.logit_rows, SampleChildrenParams::kOk);
-  p.logits = logits.const_data_ptr();
   p.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
   p.log_probs = static_cast<float*>(log_probs.mutable_data_ptr());
   p.status = status.data();
@@ -206,43 +145,17 @@ std::tuple<Tensor, Tensor> route(const Tensor& hidden, const Tensor& weights, in
                                  double temperature, const OptionalTensor& uniforms, const OptionalTensor& valid,
                                  const OptionalTensor& active, int64_t isa) {
   const Checker check("route", hidden);
-  check(width >= 1, "width is ", width, ", expected an integer >= 1");
-  check(depth >= 1, "depth is ", depth, ", expected an integer >= 1");
-  int64_t nodes = 0, layer = 1;
-  for (int64_t l = 0; l < depth; ++l) nodes += layer *= width;
-
-  RouteParams p;
-  check.device("hidden", hidden);
-  check.shape("hidden", hidden, {{"B"}, {"T", nodes}, {"D"}});
-  p.dtype = check.floating("hidden", hidden);
-  check.last_contiguous("hidden", hidden);
-  p.batch = hidden.size(0), p.nodes = nodes, p.hidden_size = hidden.size(2);
-  p.width = width, p.depth = depth, p.dim = dim, p.num_heads = num_heads, p.ffn_dim = ffn_dim;
-  p.mlp_score = mlp_score, p.independent = independent, p.input_norm = input_norm;
-  check(dim >= 1 && ffn_dim >= 1 && num_heads >= 1 && dim % num_heads == 0, "dim is ", dim,
-        ", expected a multiple of num_heads = ", num_heads);
-  const int64_t encoder = 6 * dim + (3 * dim + dim) * (dim + 1) + 2 * dim * ffn_dim + ffn_dim + dim;
-  const int64_t mlp = 2 * dim * ffn_dim + ffn_dim + dim;
-  const int64_t expected = (input_norm ? 2 * p.hidden_size : 0) + p.hidden_size * dim + depth * dim + 2 * dim +
-                           2 * encoder + (independent ? mlp : encoder) + (mlp_score ? dim * (dim + 2) + 1 : dim);
-  p.weights = check.side_input<float>("weights", weights, ScalarType::Float, {{"parameters", expected}});
-  check(temperature > 0 && temperature < INFINITY, "temperature is ", temperature, ", expected a finite number > 0");
-  p.temperature = temperature;
-  p.uniforms = check.side_input<double>("uniforms", uniforms, ScalarType::Double, {{"B", p.batch}});
-  p.valid = check.side_input<bool>("valid", valid, ScalarType::Bool, {{"B", p.batch}, {"T", nodes}});
-  check(!p.valid || valid->is_contiguous(), "valid is not contiguous, expected a dense tensor");
-  p.active = check.side_input<bool>("active", active, ScalarType::Bool, {{"B", p.batch}});
-  p.hidden_stride[0] = hidden.stride(0), p.hidden_stride[1] = hidden.stride(1);
-
+  RouteParams p = route_params(check, hidden, weights, width, depth, dim, num_heads, ffn_dim, mlp_score, independent,
+                               input_norm, temperature, uniforms, valid, active);
   for (int64_t b = 0; b < p.batch; ++b) {
     check(!p.uniforms || (p.uniforms[b] >= 0 && p.uniforms[b] < 1), "uniforms[", b, "] is ",
           p.uniforms ? p.uniforms[b] : 0, ", expected 0 <= u < 1");
     if (!p.valid || (p.active && !p.active[b])) continue;
-    const bool* row = p.valid + b * nodes;
+    const bool* row = p.valid + b * p.nodes;
     bool any = false;
     for (int64_t k = 0; k < width; ++k) any |= row[k];
     check(any, "valid row ", b, " has no candidate, expected at least one in an active row");
-    for (int64_t node = width; node < nodes; ++node) {
+    for (int64_t node = width; node < p.nodes; ++node) {
       if (!row[node]) continue;
       check(row[(node - width) / width], "valid[", b, ", ", node, "] is set, expected its parent's to be set too");
       check((node - width) % width == 0 || row[node - 1], "valid[", b, ", ", node,
@@ -252,7 +165,6 @@ std::tuple<Tensor, Tensor> route(const Tensor& hidden, const Tensor& weights, in
 
   Tensor log_probs = torch::stable::new_empty(hidden, {p.batch, width}, ScalarType::Float);
   Tensor choice = torch::stable::new_empty(hidden, {p.batch}, ScalarType::Long);
-  p.hidden = hidden.const_data_ptr();
   p.log_probs = static_cast<float*>(log_probs.mutable_data_ptr());
   p.choice = static_cast<int64_t*>(choice.mutable_data_ptr());
   std::vector<char> finite(p.batch, true);

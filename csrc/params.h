@@ -57,6 +57,7 @@ struct CommitParams {
   };
   const Cache* caches;
   int64_t num_caches, batch, max_moves;
+  int64_t slots = -1;      // of the shortest cache; -1: there is none
   int32_t* prefix_lens;    // [batch]
   const int32_t* sources;  // [batch, max_moves], ascending, sources[i] >= i
   int64_t sources_stride;
@@ -79,7 +80,7 @@ struct SampleChildrenParams {
   int64_t logits_stride, logit_rows, vocab;
   const double* uniforms;  // [rows, width] in [0, 1); null: the most likely
   int64_t uniforms_stride;
-  const int64_t* row_index;  // [rows] into logit_rows; null: row r reads row r
+  const int64_t* row_index;  // [rows] into logit_rows, -1: no children, nothing is read; null: row r reads row r
   int64_t rows, width;
   SamplingFilters filters;
   const double* row_filters;  // [logit_rows, 4] in the order above; null: filters

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import simt_backend
 import torch
 from torch import Tensor
 
 from lbr_kernels import ops
 from lbr_kernels.ops._backends import BACKENDS as ALL_BACKENDS
-from lbr_kernels.ops._backends import HALF
 
 ON_GPU = ("cuda", "triton")  # backends that are tested on a GPU where there is one
 
@@ -37,9 +35,9 @@ KERNELS = [param for param in BACKENDS if param.values[0] not in ("reference", "
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def dtypes_of(backend: str) -> list[torch.dtype]:
-    """What ``backend`` computes in, but for fp64."""
-    return list(HALF) if backend in ("cuda", simt_backend.NAME) else DTYPES
+def dtypes_of(op: str, backend: str) -> list[torch.dtype]:
+    """What ``backend`` computes ``op`` in, but for fp64."""
+    return list(ALL_BACKENDS[backend].fewer_dtypes.get(op, DTYPES))
 
 
 def to_device(value: object, device: torch.device) -> object:

@@ -215,7 +215,7 @@ TABLE = {
     "min_p": (top(min_p=-0.5), "min_p is -0.5, expected 0 <= min_p <= 1"),
     "row index": (
         sample(row_index=torch.tensor([0, 2])),
-        "row_index[1] is 2, expected 0 <= index < R = 2",
+        "row_index[1] is 2, expected -1 <= index < R = 2",
     ),
     "NaN logits": (
         sample(logits=with_value((2, 9), (1, 8), NAN)),

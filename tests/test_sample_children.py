@@ -161,6 +161,25 @@ def test_row_index(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_children(backend):
+    """Index -1 asks for none: -1 and 0, and no row of logits is read for it, not even the first."""
+    logits = torch.randn(3, 30)
+    logits[0] = torch.nan
+    index = torch.tensor([-1, 2, -1, 1])
+    uniforms = torch.rand(4, 6, dtype=torch.float64)
+    for draw in (
+        lambda i, u: ops.sample_children(logits, u, row_index=i, top_k=7, backend=backend),
+        lambda i, u: ops.top_children(logits, 3, row_index=i, backend=backend),
+    ):
+        tokens, log_probs = draw(index, uniforms)
+        want = draw(index[index >= 0], uniforms[index >= 0])
+        assert (tokens[index < 0] == -1).all()
+        assert (log_probs[index < 0] == 0).all()
+        assert torch.equal(tokens[index >= 0], want[0])
+        assert torch.equal(log_probs[index >= 0], want[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_top_children(backend):
     """Distinct, most likely first, ties to the lowest id; missing ones are -1 with log-probability 0."""
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0, -torch.inf, 3.0], [5.0, 0.0, 0.0, 0.0, 0.0, 0.0]])

@@ -28,7 +28,9 @@ BACKENDS = backends_of("tree_attention")
 KERNELS = [param for param in BACKENDS if param.values[0] not in ("reference", "cpu")]
 CPU_KERNELS = [param for param in KERNELS if param.values[0] not in (*ON_GPU, "cuda-simt")]
 BACKENDS_AND_DTYPES = [
-    pytest.param(*param.values, dtype, marks=param.marks) for param in BACKENDS for dtype in dtypes_of(param.values[0])
+    pytest.param(*param.values, dtype, marks=param.marks)
+    for param in BACKENDS
+    for dtype in dtypes_of("tree_attention", param.values[0])
 ]
 
 
@@ -67,7 +69,7 @@ def problem(
 
 def problem_for(backend: str, **shape) -> dict[str, Tensor]:
     """A problem in the widest type that the backend takes."""
-    return problem(dtype=dtypes_of(backend)[0], **shape)
+    return problem(dtype=dtypes_of("tree_attention", backend)[0], **shape)
 
 
 def unrolled(p: dict[str, Tensor], b: int, n: int, *, window=None, softcap=None, sinks=None, slopes=None) -> Tensor:
@@ -185,7 +187,7 @@ def test_any_shape(backend, data):
         B=draw(st.integers(1, 4)), Hk=draw(st.sampled_from([1, 2, 3])), group=group, T=T,
         N=draw(st.integers(1, min(T, 40))), D=8 * draw(st.integers(2, 16)), Dv=8 * draw(st.integers(2, 16)),
         longest=draw(st.sampled_from([0, 1, 63, 64, 65, 255, 256, 257, 700])),
-        dtype=draw(st.sampled_from(dtypes_of(backend))), seed=draw(st.integers(0, 999)),
+        dtype=draw(st.sampled_from(dtypes_of("tree_attention", backend))), seed=draw(st.integers(0, 999)),
         shared_tree=draw(st.booleans()),
     )  # fmt: skip
     Hq = p["query"].shape[1]
@@ -225,7 +227,7 @@ def test_any_group(backend, group):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_output_names_the_visible_nodes(backend):
     """With zero queries and keys, and node j worth 2^j, the output times the number of visible nodes is the mask."""
-    dtype = dtypes_of(backend)[0]
+    dtype = dtypes_of("tree_attention", backend)[0]
     T = 20 if dtype == torch.float32 else 9
     _, sees = random_trees(2, T, torch.Generator().manual_seed(3))
     value = torch.full((2, 1, 40, 8), torch.nan, dtype=dtype)
@@ -246,7 +248,7 @@ def test_last_bit_of_a_word(backend):
     for T in (64, 65, 128):
         sees = torch.zeros(1, T, T, dtype=torch.bool)
         sees[0, :, T - 1] = True
-        query, key, value = (torch.randn(1, h, T, 8, dtype=dtypes_of(backend)[0]) for h in (2, 1, 1))
+        query, key, value = (torch.randn(1, h, T, 8, dtype=dtypes_of("tree_attention", backend)[0]) for h in (2, 1, 1))
         key[:, :, :-1] = value[:, :, :-1] = torch.nan
         lens = torch.zeros(1, dtype=torch.int32)
         out = attend(query, key, value, lens, pack_mask(sees), backend=backend)

@@ -384,6 +384,11 @@ class Distribution {
 
 template <class T>
 static void sample_rows(const SampleChildrenParams& p, const ThreadPool& pool) {
+  for (int64_t row = 0; p.row_index && row < p.rows; ++row)
+    for (int64_t k = 0; p.row_index[row] < 0 && k < p.width; ++k) {
+      p.tokens[row * p.width + k] = -1;
+      p.log_probs[row * p.width + k] = 0;
+    }
   pool.parallel_for(p.logit_rows, 1, [&](int64_t begin, int64_t end) {
     Distribution<T> distribution;
     for (int64_t logit_row = begin; logit_row < end; ++logit_row) {

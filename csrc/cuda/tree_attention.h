@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../params.h"
+#include "flags.h"
 #include "primitives.cuh"
 
 namespace lbr::gpu {
@@ -90,8 +91,6 @@ struct TreeAttentionWorkspace {
   unsigned* arrivals;
   int* flags;  // gets kBadLength or kBadCount where a row's length or count cannot be; such a row's results are NaN
 };
-
-enum Flag : int { kBadLength = 1, kBadCount = 2 };
 
 // Why these arguments cannot be computed here, as "argument has value, expected ..."; empty if they can.
 std::string tree_attention_unsupported(const TreeAttentionParams& params, const Device& device);

@@ -3,7 +3,7 @@
 * ``"reference"``: plain PyTorch, on any device, also in fp64, with gradients;
 * ``"cpu"``: the C++ kernels with the best instruction set of this processor; ``"cpu-portable"``, ``"cpu-avx2"``,
   ``"cpu-avx512"`` and ``"cpu-avx512-bf16"`` name one;
-* ``"cuda"``: the CUDA C++ kernels, for fp16 and bf16 on GPUs of compute capability 8.0 and later;
+* ``"cuda"``: the CUDA C++ kernels on GPUs of compute capability 8.0 and later; tree attention in fp16 and bf16;
 * ``"triton"``: the Triton kernels, on GPUs that Triton knows; under Triton's interpreter (``TRITON_INTERPRET=1``, for
   tests) they take tensors on the CPU.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ from lbr_kernels.ops import _extension, _flags
 from lbr_kernels.ops._checks import FLOATING
 
 HALF = (torch.float16, torch.bfloat16)
+CUDA_OPS = ("tree_attention",)
+TRITON_OPS = ("tree_attention",)
 OLDEST_GPU = (8, 0)
 
 
@@ -30,13 +32,14 @@ class Backend:
     """A way to run ops: ``torch.ops.<namespace>.<op><suffix>`` with the arguments ``extra``.
 
     ``ops`` names those that it has, ``device`` the type of device and ``dtypes`` the types of the tensors it takes;
-    None stands for all. ``load`` is asked once per device: it makes the backend ready, or says why it cannot run.
-    ``nearest`` is what a message recommends in its place.
+    None stands for all. ``fewer_dtypes`` has the ops that take fewer of them. ``load`` is asked once per device: it
+    makes the backend ready, or says why it cannot run. ``nearest`` is what a message recommends in its place.
     """
 
     name: str
     device: str | None = None
     dtypes: tuple[torch.dtype, ...] | None = FLOATING
+    fewer_dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
     ops: frozenset[str] | None = None
     nearest: str = "reference"
     namespace: str = "lbr_kernels"
@@ -51,8 +54,9 @@ class Backend:
         if self.device is not None and device.type != self.device:
             nearest = "cpu" if device.type == "cpu" else "reference"
             return f"it takes tensors on {self.device}, got {device}; the nearest accepted backend is {nearest!r}"
-        if self.dtypes is not None and dtype is not None and dtype not in self.dtypes:
-            *others, last = (str(accepted).removeprefix("torch.") for accepted in self.dtypes)
+        dtypes = self.fewer_dtypes.get(op, self.dtypes)
+        if dtypes is not None and dtype is not None and dtype not in dtypes:
+            *others, last = (str(accepted).removeprefix("torch.") for accepted in dtypes)
             nearest = self.nearest if dtype in FLOATING else "reference"
             return f"it takes {', '.join(others)} or {last}, got {dtype}; the nearest accepted backend is {nearest!r}"
         reason: str | None = _load(self.name, str(device))
@@ -139,9 +143,14 @@ BACKENDS: dict[str, Backend] = {
         Backend("reference", dtypes=None),
         *(Backend(name, device="cpu", extra={"isa": isa}, load=_load_cpu(isa)) for name, isa in _CPU_ISAS.items()),
         Backend(
-            "cuda", device="cuda", dtypes=HALF, ops=frozenset({"tree_attention"}), nearest="triton", load=_load_cuda
+            "cuda",
+            device="cuda",
+            fewer_dtypes={"tree_attention": HALF},
+            ops=frozenset(CUDA_OPS),
+            nearest="triton",
+            load=_load_cuda,
         ),
-        Backend("triton", ops=frozenset({"tree_attention"}), suffix="_triton", load=_load_triton),
+        Backend("triton", ops=frozenset(TRITON_OPS), suffix="_triton", load=_load_triton),
     )
 }
 

@@ -3,8 +3,9 @@
 Contract
 --------
 Lengths and counts lie in a GPU's memory, where no check can look at them without waiting for the device. A kernel that
-meets one which cannot be gives NaN for that row, reads and writes nothing out of bounds, and sets a bit of its device's
-word. :func:`raise_if_flagged` waits for the device, reads the word, clears it and raises.
+meets one which cannot be reads and writes nothing out of bounds, gives that row a result which cannot be taken for one
+(NaN, or -1), and sets a bit of its device's word. :func:`raise_if_flagged` waits for the device, reads the word, clears
+it and raises.
 """
 
 from __future__ import annotations
@@ -14,10 +15,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
-# The bits of csrc/cuda/tree_attention.h's Flag.
+# The bits of csrc/cuda/flags.h.
 _MEANINGS = {
-    1: "tree_attention: a row's prefix_lens was not in 0 <= length <= S - T",
-    2: "tree_attention: a row's num_nodes was not in 0 <= count <= N",
+    1: "tree_attention: a row's prefix_lens was not in 0 <= length <= S - T; its results are NaN",
+    2: "tree_attention: a row's num_nodes was not in 0 <= count <= N; its results are NaN",
+    4: "commit_: a row's sources did not ascend inside the caches, or its num_moves, advance or prefix_lens was out of "
+    "range; it stayed as it was",
+    8: "sample_children: a row of logits held NaN or +inf, or was -inf everywhere; its tokens are -1",
+    16: "sample_children: a row's uniforms, filters or row_index were out of range; its tokens are -1",
+    32: "route: a row had a score that is not finite; its choice is -1",
+    64: "route: a row's valid named no tree with a candidate, or its uniform was out of range; its choice is -1",
 }
 
 _words: dict[torch.device, Tensor] = {}
@@ -56,7 +63,7 @@ def raise_if_flagged(device: torch.device | str) -> None:
     on the CPU, in tests.
 
     Raises:
-        RuntimeError: it has; the results of the rows concerned are NaN.
+        RuntimeError: it has; says what became of the rows concerned.
     """
     device = with_index(torch.device(device))
     if device not in _words:
@@ -66,4 +73,4 @@ def raise_if_flagged(device: torch.device | str) -> None:
     bits = int(_words[device].item())
     if bits:
         _words[device].zero_()
-        raise RuntimeError("; ".join(text for bit, text in _MEANINGS.items() if bits & bit) + "; its results are NaN")
+        raise RuntimeError("; ".join(text for bit, text in _MEANINGS.items() if bits & bit))

@@ -25,6 +25,8 @@ OPS: dict[str, Callable[..., Any]] = {}  # references
 SCHEMAS: dict[str, str] = {}  # "(arguments) -> result", without the op's last argument, isa
 FAKES: dict[str, Callable[..., Any]] = {}
 
+ON_GPUS = ("cuda", "triton")  # what is tried on a GPU, the best first
+
 LIBRARY.define("has_isa(int isa) -> bool")
 LIBRARY.define("prepare(Tensor(a!) word) -> ()")
 
@@ -68,14 +70,14 @@ def call(
 ) -> Any:
     """Run ``op`` on the backend for ``lead``, the tensor whose device and dtype decide.
 
-    ``prefer`` names the backends to try on a GPU, the best first.
+    ``prefer`` names the backends to try on a GPU, the best first, where that depends on the tensors.
     """
     dtype = lead.dtype if lead.is_floating_point() else None
     differentiated = torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in (*args, *kw.values())
     )
     if backend is None:
-        order: Sequence[str] = ("cpu",) if lead.device.type == "cpu" else prefer() if prefer is not None else ()
+        order: Sequence[str] = ("cpu",) if lead.device.type == "cpu" else prefer() if prefer is not None else ON_GPUS
         backend = "reference" if differentiated else default_backend(op, lead.device, dtype, order)
     elif (reason := unavailable(backend, op, lead.device, dtype)) is not None:
         raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")

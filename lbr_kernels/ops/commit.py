@@ -69,26 +69,9 @@ def commit_ref_(
     row_advance: Tensor | None = None,
 ) -> None:
     """The specification, in plain PyTorch."""
+    check_arguments(caches, prefix_lens, sources, num_moves=num_moves, advance=advance, row_advance=row_advance)
     check = Checker("commit_")
-    device = prefix_lens.device
-    check.shape("prefix_lens", prefix_lens, (Axis("B"),))
-    check.dtype("prefix_lens", prefix_lens, torch.int32)
-    (B,) = prefix_lens.shape
-    check.side_input("sources", sources, torch.int32, (Axis("B", B), Axis("M")), device)
-    check.side_input("num_moves", num_moves, torch.int32, (Axis("B", B),), device)
-    check.side_input("advance", row_advance, torch.int32, (Axis("B", B),), device)
-    for index, cache in enumerate(caches):
-        name = f"caches[{index}]"
-        check.device(name, cache, device)
-        check.shape(name, cache, (Axis("B", B), Axis("H"), Axis("S"), Axis("D")))
-        check.last_contiguous(name, cache)
-        spread = all(size <= 1 or step != 0 for size, step in zip(cache.shape, cache.stride(), strict=True))
-        check(spread, f"{name} is expanded, expected memory of its own")
-        for other in range(index if cache.numel() else 0):
-            again = cache.data_ptr() == caches[other].data_ptr()
-            check(not again, f"{name} is caches[{other}] again, expected each buffer once")
-
-    M = sources.shape[1]
+    (B,), M = prefix_lens.shape, sources.shape[1]
     slots = min((cache.shape[2] for cache in caches), default=None)
     lens = prefix_lens.tolist()
     moves = [M] * B if num_moves is None else num_moves.tolist()
@@ -119,3 +102,33 @@ def commit_ref_(
             tree = cache[b, :, lens[b] :]
             tree[:, : moves[b]] = tree[:, sources[b, : moves[b]].long()].clone()
         prefix_lens[b] += steps[b]
+
+
+def check_arguments(
+    caches: Sequence[Tensor],
+    prefix_lens: Tensor,
+    sources: Tensor,
+    *,
+    num_moves: Tensor | None = None,
+    advance: int = 1,
+    row_advance: Tensor | None = None,
+) -> None:
+    """All that is refused but for values of tensors; in C++ that is csrc/commit.h."""
+    check = Checker("commit_")
+    device = prefix_lens.device
+    check.shape("prefix_lens", prefix_lens, (Axis("B"),))
+    check.dtype("prefix_lens", prefix_lens, torch.int32)
+    (B,) = prefix_lens.shape
+    check.side_input("sources", sources, torch.int32, (Axis("B", B), Axis("M")), device)
+    check.side_input("num_moves", num_moves, torch.int32, (Axis("B", B),), device)
+    check.side_input("advance", row_advance, torch.int32, (Axis("B", B),), device)
+    for index, cache in enumerate(caches):
+        name = f"caches[{index}]"
+        check.device(name, cache, device)
+        check.shape(name, cache, (Axis("B", B), Axis("H"), Axis("S"), Axis("D")))
+        check.last_contiguous(name, cache)
+        spread = all(size <= 1 or step != 0 for size, step in zip(cache.shape, cache.stride(), strict=True))
+        check(spread, f"{name} is expanded, expected memory of its own")
+        for other in range(index if cache.numel() else 0):
+            again = cache.data_ptr() == caches[other].data_ptr()
+            check(not again, f"{name} is caches[{other}] again, expected each buffer once")

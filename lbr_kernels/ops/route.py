@@ -137,31 +137,16 @@ def route_ref(
     active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification, in plain PyTorch: fp32 inside, fp64 for fp64 weights."""
+    check_arguments(
+        hidden, weights, width, depth, dim, num_heads, ffn_dim, mlp_score, independent, input_norm,
+        temperature=temperature, uniforms=uniforms, valid=valid, active=active,
+    )  # fmt: skip
     check = Checker("route")
     device = hidden.device
-    check(width >= 1, f"width is {width}, expected an integer >= 1")
-    check(depth >= 1, f"depth is {depth}, expected an integer >= 1")
-    T = num_slots(width, depth)
-    check.shape("hidden", hidden, (Axis("B"), Axis("T", T), Axis("D")))
-    check.floating("hidden", hidden)
-    check.last_contiguous("hidden", hidden)
-    B, _, D = hidden.shape
-    check(
-        dim >= 1 and ffn_dim >= 1 and num_heads >= 1 and dim % num_heads == 0,
-        f"dim is {dim}, expected a multiple of num_heads = {num_heads}",
-    )
+    B, T, D = hidden.shape
     shapes = weight_shapes(D, depth, dim, ffn_dim, mlp_score, independent, input_norm)
     sizes = [math.prod(shape) for shape in shapes.values()]
     dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
-    check.side_input("weights", weights, dtype, (Axis("parameters", sum(sizes)),), device)
-    check(
-        0 < temperature < math.inf,
-        f"temperature is {number(float(temperature))}, expected a finite number > 0",
-    )
-    check.side_input("uniforms", uniforms, torch.float64, (Axis("B", B),), device)
-    check.side_input("valid", valid, torch.bool, (Axis("B", B), Axis("T", T)), device)
-    check(valid is None or valid.is_contiguous(), "valid is not contiguous, expected a dense tensor")
-    check.side_input("active", active, torch.bool, (Axis("B", B),), device)
     check.in_range("uniforms", uniforms, 0, math.nextafter(1, 0), "0 <= u < 1")
     if active is None:
         active = torch.ones(B, dtype=torch.bool, device=device)
@@ -209,6 +194,51 @@ def route_ref(
         last = torch.where(probability > 0, index, -1).amax(-1)
         choice = torch.where(reached.any(-1), reached.int().argmax(-1), last)
     return log_probs, torch.where(active, choice, -1)
+
+
+def check_arguments(
+    hidden: Tensor,
+    weights: Tensor,
+    width: int,
+    depth: int,
+    dim: int,
+    num_heads: int,
+    ffn_dim: int,
+    mlp_score: bool,
+    independent: bool,
+    input_norm: bool,
+    *,
+    temperature: float = 1.0,
+    uniforms: Tensor | None = None,
+    valid: Tensor | None = None,
+    active: Tensor | None = None,
+) -> None:
+    """All that is refused but for values of tensors; in C++ that is csrc/route.h."""
+    check = Checker("route")
+    device = hidden.device
+    check(width >= 1, f"width is {width}, expected an integer >= 1")
+    check(depth >= 1, f"depth is {depth}, expected an integer >= 1")
+    T = num_slots(width, depth)
+    check.shape("hidden", hidden, (Axis("B"), Axis("T", T), Axis("D")))
+    check.floating("hidden", hidden)
+    check.last_contiguous("hidden", hidden)
+    B, _, D = hidden.shape
+    check(
+        dim >= 1 and ffn_dim >= 1 and num_heads >= 1 and dim % num_heads == 0,
+        f"dim is {dim}, expected a multiple of num_heads = {num_heads}",
+    )
+    shapes = weight_shapes(D, depth, dim, ffn_dim, mlp_score, independent, input_norm)
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
+    check.side_input("weights", weights, dtype, (Axis("parameters", sum(sizes)),), device)
+    check(
+        0 < temperature < math.inf,
+        f"temperature is {number(float(temperature))}, expected a finite number > 0",
+    )
+    check.side_input("uniforms", uniforms, torch.float64, (Axis("B", B),), device)
+    check.side_input("valid", valid, torch.bool, (Axis("B", B), Axis("T", T)), device)
+    check(valid is None or valid.is_contiguous(), "valid is not contiguous, expected a dense tensor")
+    check.side_input("active", active, torch.bool, (Axis("B", B),), device)
 
 
 def routing_log_probs(scores: Tensor, exists: Tensor, active: Tensor, temperature: float) -> Tensor:

@@ -17,6 +17,7 @@ Of equal logits at the edge of the nucleus (top-p) the larger ids are kept; tran
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ def sample_children(
         top_p: keep the smallest set of most likely tokens whose probability reaches it; 1 is off.
         min_p: keep tokens at least ``min_p`` times as likely as the most likely one; 0 is off.
         row_index: int64 ``[rows]``: row r of ``uniforms`` (and of the results) draws from ``logits[row_index[r]]``.
-            Rows of logits that nothing refers to are not read.
+            -1 stands for no children: tokens -1, log-probabilities 0. Rows of logits that nothing refers to are not
+            read.
         backend: see ``ops.backends()``.
 
     Returns:
@@ -124,18 +126,19 @@ def sample_children_ref(
     row_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification, in plain PyTorch, by sorting."""
+    check_sampling_arguments(
+        logits, uniforms, temperature, top_k, top_p, min_p, row_filters=row_filters, row_index=row_index
+    )
     check = Checker("sample_children")
-    rows = _check_rows(check, logits, row_index)
-    check.side_input("uniforms", uniforms, torch.float64, (Axis("rows", rows), Axis("K")), logits.device)
-    check(uniforms.shape[1] >= 1, f"width is {uniforms.shape[1]}, expected an integer >= 1")
-    filters = _check_filters(check, logits, (temperature, top_k, top_p, min_p), row_filters)
+    filters = _check_values(check, logits, (temperature, top_k, top_p, min_p), row_filters, row_index)
     check.in_range("uniforms", uniforms, 0, math.nextafter(1, 0), "0 <= u < 1")
-    logits, filters = _select_rows(check, logits, filters, row_index)
+    logits, filters, reads = _select_rows(check, logits, filters, row_index)
     exponents, weights = _filtered_weights(logits, filters)
     total = weights.sum(-1, keepdim=True)
     target = torch.minimum((uniforms * total.double()).long(), total - 1)
     tokens = torch.searchsorted(weights.cumsum(-1), target, right=True)
-    return tokens, _log_probs(exponents, total, tokens)
+    log_probs = _log_probs(exponents, total, tokens)
+    return torch.where(reads, tokens, -1), torch.where(reads, log_probs, 0)
 
 
 @_registry.reference("top_children")
@@ -151,18 +154,52 @@ def top_children_ref(
     row_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification, in plain PyTorch, by sorting."""
+    check_top_arguments(logits, width, temperature, top_k, top_p, min_p, row_filters=row_filters, row_index=row_index)
     check = Checker("top_children")
-    _check_rows(check, logits, row_index)
-    check(width >= 1, f"width is {width}, expected an integer >= 1")
-    filters = _check_filters(check, logits, (temperature, top_k, top_p, min_p), row_filters)
-    logits, filters = _select_rows(check, logits, filters, row_index)
+    filters = _check_values(check, logits, (temperature, top_k, top_p, min_p), row_filters, row_index)
+    logits, filters, reads = _select_rows(check, logits, filters, row_index)
     exponents, weights = _filtered_weights(logits, filters)
     total = weights.sum(-1, keepdim=True)
     order = torch.where(weights > 0, logits, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
     tokens = torch.nn.functional.pad(order[:, :width], (0, max(0, width - logits.shape[1])))
-    left = torch.arange(width, device=logits.device) < (weights > 0).sum(-1, keepdim=True)
+    left = (torch.arange(width, device=logits.device) < (weights > 0).sum(-1, keepdim=True)) & reads
     log_probs = _log_probs(exponents, total, tokens)
     return torch.where(left, tokens, -1), torch.where(left, log_probs, 0)
+
+
+def check_sampling_arguments(
+    logits: Tensor,
+    uniforms: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    *,
+    row_filters: Tensor | None = None,
+    row_index: Tensor | None = None,
+) -> None:
+    """All that sample_children refuses but for values of tensors; in C++ that is csrc/sample_children.h."""
+    check = Checker("sample_children")
+    rows = _check_rows(check, logits, row_index)
+    check.side_input("uniforms", uniforms, torch.float64, (Axis("rows", rows), Axis("K")), logits.device)
+    _check_settings(check, logits, uniforms.shape[1], (temperature, top_k, top_p, min_p), row_filters)
+
+
+def check_top_arguments(
+    logits: Tensor,
+    width: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    *,
+    row_filters: Tensor | None = None,
+    row_index: Tensor | None = None,
+) -> None:
+    """The same for top_children."""
+    check = Checker("top_children")
+    _check_rows(check, logits, row_index)
+    _check_settings(check, logits, width, (temperature, top_k, top_p, min_p), row_filters)
 
 
 def _check_rows(check: Checker, logits: Tensor, row_index: Tensor | None) -> int:
@@ -172,39 +209,63 @@ def _check_rows(check: Checker, logits: Tensor, row_index: Tensor | None) -> int
     R, V = logits.shape
     check(1 <= V <= MAX_VOCABULARY, f"logits has a vocabulary of {V}, expected 1 <= V <= {MAX_VOCABULARY}")
     check.side_input("row_index", row_index, torch.int64, (Axis("rows"),), logits.device)
-    check.in_range("row_index", row_index, 0, R - 1, f"0 <= index < R = {R}")
     return R if row_index is None else row_index.shape[0]
 
 
-def _check_filters(
-    check: Checker, logits: Tensor, filters: tuple[float, int, float, float], row_filters: Tensor | None
+def _check_settings(
+    check: Checker, logits: Tensor, width: int, filters: tuple[float, ...], row_filters: Tensor | None
+) -> None:
+    check(width >= 1, f"width is {width}, expected an integer >= 1")
+    _check_filters(check, "", filters)
+    check.side_input(
+        "row_filters", row_filters, torch.float64, (Axis("R", logits.shape[0]), Axis("4", 4)), logits.device
+    )
+    dense = row_filters is None or row_filters.is_contiguous()
+    check(dense, "row_filters is not contiguous, expected a dense tensor")
+
+
+def _check_filters(check: Checker, where: str, filters: Sequence[float]) -> None:
+    temperature, top_k, top_p, min_p = filters
+    ok = 0 < temperature < math.inf
+    check(ok, f"temperature{where} is {number(float(temperature))}, expected a finite number > 0")
+    whole = 0 <= top_k <= 2**53 and top_k == int(top_k)
+    check(whole, f"top_k{where} is {number(top_k)}, expected an integer >= 0")
+    check(0 <= top_p <= 1, f"top_p{where} is {number(float(top_p))}, expected 0 <= top_p <= 1")
+    check(0 <= min_p <= 1, f"min_p{where} is {number(float(min_p))}, expected 0 <= min_p <= 1")
+
+
+def _check_values(
+    check: Checker,
+    logits: Tensor,
+    filters: tuple[float, int, float, float],
+    row_filters: Tensor | None,
+    row_index: Tensor | None,
 ) -> Tensor:
-    """The filters as fp64 ``[R, 4]``."""
+    """The filters as fp64 ``[R, 4]``, once they and the index are known to be good."""
     R = logits.shape[0]
-    check.side_input("row_filters", row_filters, torch.float64, (Axis("R", R), Axis("4", 4)), logits.device)
-    table = torch.tensor([filters], dtype=torch.float64, device=logits.device).expand(R, 4)
-    rows: list[tuple[str, list[float]]] = [("", list(filters))]
-    if row_filters is not None:
-        table = row_filters
-        if has_values(row_filters):
-            rows = [(f"[{row}]", values) for row, values in enumerate(row_filters.tolist())]
-    for where, (temperature, top_k, top_p, min_p) in rows:
-        ok = 0 < temperature < math.inf
-        check(ok, f"temperature{where} is {number(float(temperature))}, expected a finite number > 0")
-        whole = 0 <= top_k <= 2**53 and top_k == int(top_k)
-        check(whole, f"top_k{where} is {number(top_k)}, expected an integer >= 0")
-        check(0 <= top_p <= 1, f"top_p{where} is {number(float(top_p))}, expected 0 <= top_p <= 1")
-        check(0 <= min_p <= 1, f"min_p{where} is {number(float(min_p))}, expected 0 <= min_p <= 1")
-    return table
+    if row_filters is None:
+        row_filters = torch.tensor([filters], dtype=torch.float64, device=logits.device).expand(R, 4)
+    elif has_values(row_filters):
+        for row, values in enumerate(row_filters.tolist()):
+            _check_filters(check, f"[{row}]", values)
+    check.in_range("row_index", row_index, -1, R - 1, f"-1 <= index < R = {R}")
+    return row_filters
 
 
-def _select_rows(check: Checker, logits: Tensor, filters: Tensor, row_index: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The rows of logits that are drawn from, as fp64, their values checked."""
+def _select_rows(
+    check: Checker, logits: Tensor, filters: Tensor, row_index: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of logits that are drawn from, as fp64, their values checked; and bool ``[rows, 1]``, which are.
+
+    In the others zeros stand for logits, and whatever filters there are.
+    """
+    names = torch.arange(len(logits), device=logits.device) if row_index is None else row_index
+    reads = names[:, None] >= 0
     if row_index is not None:
-        logits, filters = logits[row_index], filters[row_index]
+        index = row_index.clamp(min=0)
+        logits, filters = torch.where(reads, logits[index], 0), filters[index]
     logits = logits.double()
     if has_values(logits):
-        names = torch.arange(len(logits), device=logits.device) if row_index is None else row_index
         for bad, message in (
             (logits.isnan().any(-1), "holds NaN, expected finite numbers or -inf"),
             ((logits == torch.inf).any(-1), "holds +inf, expected finite numbers or -inf"),
@@ -215,7 +276,7 @@ def _select_rows(check: Checker, logits: Tensor, filters: Tensor, row_index: Ten
         ):
             if bad.any():
                 check(False, f"logits row {int(names[bad].min())} {message}")
-    return logits, filters
+    return logits, filters, reads
 
 
 def exp_fp64(x: Tensor) -> tuple[Tensor, Tensor]:
