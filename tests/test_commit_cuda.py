@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import simt_backend
 import torch
+from barriers import first_failure, waits
 from test_commit import expected, random_caches
 
 from lbr_kernels import ops
@@ -104,3 +105,23 @@ def test_an_advance_that_cannot_be(advance):
 
 def test_a_batch_of_no_rows():
     ops.commit_([], torch.empty(0, dtype=torch.int32), torch.empty(0, 2, dtype=torch.int32), backend=simt_backend.NAME)
+
+
+def rows_of_several_blocks():
+    caches = random_caches([(40, 16)], 3, 40, torch.Generator().manual_seed(0), (torch.float32,))
+    lens = torch.tensor([0, 7, 30], dtype=torch.int32)
+    sources = torch.tensor([[0, 2, 5], [1, 2, 3], [4, 6, 9]], dtype=torch.int32)
+    want, want_lens = expected(caches, lens, sources, [3, 3, 3], [1, 1, 1])
+    ops.commit_(caches, lens, sources, backend=simt_backend.NAME)
+    assert torch.equal(caches[0], want[0])
+    assert torch.equal(lens, want_lens)
+
+
+def test_the_kernel_as_it_is():
+    assert first_failure("commit_", [rows_of_several_blocks], multiprocessors=[3]) is None
+
+
+@pytest.mark.parametrize("line", waits("commit.cu"))
+def test_without(line):
+    """Each of the kernel's waits is needed."""
+    assert first_failure("commit_", [rows_of_several_blocks], multiprocessors=[3], without=line) is not None
