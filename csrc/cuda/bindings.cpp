@@ -17,8 +17,10 @@
 
 #include "../checks.h"
 #include "../commit.h"
+#include "../route.h"
 #include "../tree_attention.h"
 #include "commit.h"
+#include "route.h"
 #include "tree_attention.h"
 #include "workspace.h"
 
@@ -123,11 +125,41 @@ void commit_(const std::vector<Tensor>& caches, const Tensor& prefix_lens, const
               stream);
 }
 
+std::tuple<Tensor, Tensor> route(const Tensor& hidden, const Tensor& weights, int64_t width, int64_t depth, int64_t dim,
+                                 int64_t num_heads, int64_t ffn_dim, bool mlp_score, bool independent, bool input_norm,
+                                 double temperature, const OptionalTensor& uniforms, const OptionalTensor& valid,
+                                 const OptionalTensor& active, int64_t /*isa*/) {
+  const Checker check("route", hidden);
+  RouteParams p = route_params(check, hidden, weights, width, depth, dim, num_heads, ffn_dim, mlp_score, independent,
+                               input_norm, temperature, uniforms, valid, active);
+  const OnDeviceOf device(hidden);
+  const gpu::Device properties = gpu::current_device();
+  const std::string unsupported = gpu::route_unsupported(p, properties);
+  check(unsupported.empty(), unsupported, " for backend 'cuda'; the nearest accepted backend is 'reference'");
+
+  Tensor log_probs = torch::stable::new_empty(hidden, {p.batch, width}, ScalarType::Float);
+  Tensor choice = torch::stable::new_empty(hidden, {p.batch}, ScalarType::Long);
+  p.log_probs = static_cast<float*>(log_probs.mutable_data_ptr());
+  p.choice = static_cast<int64_t*>(choice.mutable_data_ptr());
+  if (p.batch == 0) return {log_probs, choice};
+
+  const gpu::RoutePlan plan = gpu::plan_route(p, properties);
+  const gpu::Stream stream = current_stream(hidden.get_device());
+  // Goes back to torch's allocator at the end, as in tree_attention.
+  Tensor floats = torch::stable::new_empty(hidden, {plan.workspace}, ScalarType::Float);
+  gpu::route(p, plan,
+             {static_cast<float*>(floats.mutable_data_ptr()), counters.take(hidden.get_device(), stream, plan.groups),
+              flags_of(hidden)},
+             stream);
+  return {log_probs, choice};
+}
+
 // Makes `word`, int32 [1] which Python keeps, the flags of its device. Throws where the kernels cannot run there.
 void prepare(const Tensor& word) {
   const OnDeviceOf device(word);
   gpu::require_tree_attention();
   gpu::require_commit();
+  gpu::require_route();
   const std::lock_guard<std::mutex> lock(flags_mutex);
   flags[word.get_device()] = static_cast<int*>(word.mutable_data_ptr());
 }
@@ -138,5 +170,6 @@ void prepare(const Tensor& word) {
 STABLE_TORCH_LIBRARY_IMPL(LBR_LIBRARY, LBR_KEY, m) {
   m.impl("tree_attention", TORCH_BOX(&lbr::tree_attention));
   m.impl("commit_", TORCH_BOX(&lbr::commit_));
+  m.impl("route", TORCH_BOX(&lbr::route));
   m.impl("prepare", TORCH_BOX(&lbr::prepare));
 }

@@ -84,6 +84,12 @@ LBR_DEVICE T shuffle_up(T value, int delta) {
   return __shfl_up_sync(0xffffffffu, value, unsigned(delta));
 }
 
+// Collective over the warp: the value of lane `lane`, the same for all.
+template <class T>
+LBR_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
 // Collective over the warp: bit i says what lane i has given.
 LBR_DEVICE unsigned ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
 
@@ -118,6 +124,32 @@ LBR_DEVICE Float4 load_shared_by_blocks(const Float4* p) {
   return {{loaded.x, loaded.y, loaded.z, loaded.w}};
 }
 
+// A value that says by itself whether it is there: whoever waits reads it again until it is. Each is seen whole, in no
+// order with others. Only in launches whose blocks are all resident together, and what is waited for has to be absent
+// before the wait begins, which takes a barrier of all concerned.
+constexpr uint32_t kAbsent = 0xffffffffu;  // bits of a NaN that no operation of a GPU has for a result
+
+// `value` must not be absent itself.
+LBR_DEVICE void publish(float* p, float value) {
+  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(p), "f"(value) : "memory");
+}
+LBR_DEVICE float poll(const float* p) {
+  float value;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(p) : "memory");
+  return value;
+}
+LBR_DEVICE Float4 poll(const Float4* p) {
+  Float4 value;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.v[0]), "=f"(value.v[1]), "=f"(value.v[2]), "=f"(value.v[3])
+               : "l"(p)
+               : "memory");
+  return value;
+}
+
+// Between one poll in vain and the next. A GPU runs the other warps anyway.
+LBR_DEVICE void pause() {}
+
 // Starts a copy of 16 bytes from global to shared memory, both aligned to 16 bytes. Where not `valid`, nothing is read
 // and the 16 bytes become zero. The data are there for this thread after copy_async_wait, for others after a barrier
 // too.
@@ -125,6 +157,13 @@ LBR_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
   const unsigned to = unsigned(__cvta_generic_to_shared(shared));
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+
+// The same for 4 bytes, aligned to 4.
+LBR_DEVICE void copy_async_4(void* shared, const void* global, bool valid) {
+  const unsigned to = unsigned(__cvta_generic_to_shared(shared));
+  const int bytes = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
 
 // Closes a group: the copies that this thread has started since the last one.
@@ -189,6 +228,15 @@ LBR_DEVICE uint32_t pack<BFloat16>(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+LBR_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+LBR_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+LBR_DEVICE float widen(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+LBR_DEVICE float widen(Half x) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
 }
 
 // Within two units in the last place. In 2^x subnormal numbers count as zero.

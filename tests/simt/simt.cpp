@@ -131,6 +131,7 @@ struct Copy {
   const char* from;  // nullptr for zeros
   uint64_t group;
   Site site;
+  int bytes;
   bool late;   // the destination is poisoned until the copy arrives
   bool again;  // the source is read when it arrives
   char data[16];
@@ -241,8 +242,9 @@ struct Launch {
   uint64_t until_change;
   uint64_t scheduling_odds;  // one in so many scheduling points changes a priority
   long without_progress = 0;
+  uint64_t last_priority = uint64_t(1) << 40;  // a random one is hardly ever as low
   bool faulty = false;
-  char fault[512];
+  char fault[512] = {};
 };
 
 std::mutex alone;
@@ -381,6 +383,7 @@ void execute(const Waiting& met, Exchange& exchange) {
       for (int lane = 0; lane < kWarpSize; ++lane)
         exchange.received_up[lane] = exchange.sent_up[lane < met.detail ? lane : lane - met.detail];
       break;
+    case Operation::kShuffleFrom: exchange.received_by_all = exchange.sent_to_all[met.detail]; break;
     case Operation::kBallot:
       exchange.votes = 0;
       for (int lane = 0; lane < kWarpSize; ++lane) exchange.votes |= unsigned(exchange.voted[lane]) << lane;
@@ -401,6 +404,7 @@ std::string describe(const Waiting& waiting) {
     case Operation::kBarrier: name = "block_barrier"; break;
     case Operation::kShuffle: name = "shuffle_xor by " + std::to_string(waiting.detail); break;
     case Operation::kShuffleUp: name = "shuffle_up by " + std::to_string(waiting.detail); break;
+    case Operation::kShuffleFrom: name = "shuffle from " + std::to_string(waiting.detail); break;
     case Operation::kBallot: name = "ballot"; break;
     case Operation::kLoadMatrices: name = "load_matrices"; break;
     case Operation::kLoadMatricesTransposed: name = "load_matrices_transposed"; break;
@@ -552,7 +556,7 @@ void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, bool
   const uint64_t change_interval = uint64_t(16) << random.below(9), scheduling_odds = uint64_t(2)
                                                                                       << 2 * random.below(3);
 
-  Launch state{kernel, random, change_interval, 1 + change_interval, scheduling_odds, 0, false, {}};
+  Launch state{kernel, random, change_interval, 1 + change_interval, scheduling_odds};
   now = &state;
   home = {};
   std::string fault;
@@ -585,9 +589,13 @@ void meet_warp(Operation operation, int detail, Site site) {
   Fibre& fibre = self();
   Warp& warp = *fibre.warp;
   const Waiting waiting{operation, detail, site};
-  const bool shuffle = operation == Operation::kShuffle || operation == Operation::kShuffleUp;
+  const bool shuffle =
+      operation == Operation::kShuffle || operation == Operation::kShuffleUp || operation == Operation::kShuffleFrom;
   if (shuffle && (detail < 0 || detail >= kWarpSize)) {
-    fault(site, "shuffle_%s by %d, which names no lane", operation == Operation::kShuffle ? "xor" : "up", detail);
+    const char* how = operation == Operation::kShuffle     ? "_xor by"
+                      : operation == Operation::kShuffleUp ? "_up by"
+                                                           : " from";
+    fault(site, "shuffle%s %d, which names no lane", how, detail);
   }
   stop(fibre, waiting);
   if (!warp.meeting.complete_with(waiting, kWarpSize)) return go_on(fibre);
@@ -617,27 +625,30 @@ void yield(Site site) {
     fault(site, "no progress: a thread seems to wait for one that cannot run");
   }
   redraw(*fibre.warp);
+  fibre.warp->priority = --now->last_priority;
   go_home(fibre);
 }
 
-void start_copy(void* shared, const void* global, bool valid, Site site) {
+void start_copy(void* shared, const void* global, int bytes, bool valid, Site site) {
   Fibre& fibre = self();
   const ptrdiff_t offset = static_cast<char*>(shared) - fibre.block->shared;
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) fault(site, "copy to a misaligned address: offset %td", offset);
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fault(site, "copy from a misaligned address: %p", global);
-  if (offset < 0 || offset + 16 > fibre.block->shared_bytes) {
+  const auto size = size_t(bytes);
+  if (reinterpret_cast<uintptr_t>(shared) % size != 0) fault(site, "copy to a misaligned address: offset %td", offset);
+  if (reinterpret_cast<uintptr_t>(global) % size != 0) fault(site, "copy from a misaligned address: %p", global);
+  if (offset < 0 || offset + bytes > fibre.block->shared_bytes) {
     fault(site, "copy to offset %td of shared memory, which has %d bytes", offset, fibre.block->shared_bytes);
   }
   const uint64_t coins = now->random();
-  Copy copy{static_cast<char*>(shared), nullptr, fibre.groups, site, (coins >> 62 & 1) != 0, (coins >> 63) != 0, {}};
+  Copy copy{static_cast<char*>(shared), nullptr, fibre.groups, site, bytes, (coins >> 62 & 1) != 0,
+            (coins >> 63) != 0,         {}};
   if (valid) {  // read in any case, so that the sanitizer's report names this place
     copy.from = static_cast<const char*>(global);
-    std::memcpy(copy.data, copy.from, sizeof copy.data);
+    std::memcpy(copy.data, copy.from, size);
   }
   if (copy.late) {
-    std::memset(copy.to, kPoison, sizeof copy.data);
+    std::memset(copy.to, kPoison, size);
   } else {
-    std::memcpy(copy.to, copy.data, sizeof copy.data);
+    std::memcpy(copy.to, copy.data, size);
   }
   fibre.copies.push_back(copy);
 }
@@ -649,10 +660,14 @@ void finish_copies(int pending) {
   auto copy = fibre.copies.begin();
   for (; copy != fibre.copies.end() && copy->group + uint64_t(pending) < fibre.groups; ++copy) {
     if (!copy->late) continue;
-    if (copy->again && copy->from != nullptr) std::memcpy(copy->data, copy->from, sizeof copy->data);
-    std::memcpy(copy->to, copy->data, sizeof copy->data);
+    if (copy->again && copy->from != nullptr) std::memcpy(copy->data, copy->from, size_t(copy->bytes));
+    std::memcpy(copy->to, copy->data, size_t(copy->bytes));
   }
   fibre.copies.erase(fibre.copies.begin(), copy);
+}
+
+void check_aligned(const void* address, size_t bytes, Site site) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) fault(site, "poll of a misaligned address: %p", address);
 }
 
 void check_row(const void* row, Site site) {

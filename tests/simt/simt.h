@@ -34,6 +34,7 @@ enum class Operation {
   kBarrier,
   kShuffle,
   kShuffleUp,
+  kShuffleFrom,
   kBallot,
   kLoadMatrices,
   kLoadMatricesTransposed,
@@ -53,6 +54,7 @@ struct Exchange {
   const char* row[kWarpSize];                 // from where
   uint64_t sent[kWarpSize], received[kWarpSize];
   uint64_t sent_up[kWarpSize], received_up[kWarpSize];
+  uint64_t sent_to_all[kWarpSize], received_by_all;
   bool voted[kWarpSize];
   unsigned votes;
 };
@@ -98,13 +100,14 @@ void meet_warp(Operation operation, int detail, Site site);
 // Another warp may go on here, of this block or of another one.
 void scheduling_point(Site site);
 
-// Another warp goes on here, should there be one that can.
+// All other warps that can go on come first here: else many that wait would keep one from what they wait for.
 void yield(Site site);
 
-void start_copy(void* shared, const void* global, bool valid, Site site);
+void start_copy(void* shared, const void* global, int bytes, bool valid, Site site);
 void commit_copies();
 void finish_copies(int pending);
 void check_row(const void* row, Site site);
+void check_aligned(const void* address, size_t bytes, Site site);
 
 inline float from_bits(uint32_t bits) {
   float x;
@@ -188,6 +191,16 @@ T shuffle_up(T value, int delta, simt::Site site = simt::Site::here()) {
   return value;
 }
 
+template <class T>
+T shuffle(T value, int lane, simt::Site site = simt::Site::here()) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(uint64_t));
+  const simt::Thread& self = *simt::running;
+  std::memcpy(&self.exchange->sent_to_all[self.lane], &value, sizeof value);
+  simt::meet_warp(simt::Operation::kShuffleFrom, lane, site);
+  std::memcpy(&value, &self.exchange->received_by_all, sizeof value);
+  return value;
+}
+
 inline unsigned ballot(bool value, simt::Site site = simt::Site::here()) {
   const simt::Thread& self = *simt::running;
   self.exchange->voted[self.lane] = value;
@@ -231,8 +244,26 @@ T load_shared_by_blocks(const T* p, simt::Site site = simt::Site::here()) {
   return *p;
 }
 
+constexpr uint32_t kAbsent = 0xffffffffu;
+
+inline void publish(float* p, float value, simt::Site site = simt::Site::here()) {
+  simt::scheduling_point(site);
+  *p = value;
+}
+template <class T>
+T poll(const T* p, simt::Site site = simt::Site::here()) {
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, Float4>);
+  simt::check_aligned(p, sizeof(T), site);
+  simt::scheduling_point(site);
+  return *p;
+}
+inline void pause(simt::Site site = simt::Site::here()) { simt::yield(site); }
+
 inline void copy_async_16(void* shared, const void* global, bool valid, simt::Site site = simt::Site::here()) {
-  simt::start_copy(shared, global, valid, site);
+  simt::start_copy(shared, global, 16, valid, site);
+}
+inline void copy_async_4(void* shared, const void* global, bool valid, simt::Site site = simt::Site::here()) {
+  simt::start_copy(shared, global, 4, valid, site);
 }
 inline void copy_async_commit(simt::Site site = simt::Site::here()) {
   if (site.line != simt::configuration().without) simt::commit_copies();
@@ -269,6 +300,11 @@ template <class T>
 uint32_t pack(float low, float high) {
   return uint32_t(simt::round_to(T{}, high)) << 16 | simt::round_to(T{}, low);
 }
+
+inline uint32_t bits_of(float x) { return simt::to_bits(x); }
+inline float float_of(uint32_t bits) { return simt::from_bits(bits); }
+inline float widen(BFloat16 x) { return simt::to_float(x); }
+inline float widen(Half x) { return simt::to_float(x); }
 
 inline float exp2(float x) {
   const float y = std::exp2(x);  // 1 for whatever is subnormal
