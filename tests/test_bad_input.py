@@ -8,6 +8,7 @@ from support import BACKENDS, device_of, to_device
 from test_route import random_router
 
 from lbr_kernels import ops
+from lbr_kernels.ops._backends import CUDA_OPS
 
 NAN, INF = float("nan"), float("inf")
 
@@ -299,6 +300,9 @@ def test_refused_in_the_same_words(backend, case):
 # Values lie on the device, where tests/test_tree_attention_cuda.py has them; types that it does not take come first.
 ELSEWHERE = ("length past the buffer", "negative length", "num_nodes", "query dtype", "key dtype")
 ON_CUDA = [case for case, ((op, _), _) in TABLE.items() if op is ops.tree_attention and case not in ELSEWHERE]
+# As tests/test_route_cuda.py has them.
+VALUES_OF_ROUTE = ("router uniforms", "NaN hidden", "infinite hidden", "no candidate", "orphan", "gap between siblings")
+ROUTE_ON_CUDA = [case for case, ((op, _), _) in TABLE.items() if op is ops.route and case not in VALUES_OF_ROUTE]
 
 
 def halved(tensor):
@@ -316,6 +320,11 @@ def test_gpu_kernels_refuse_in_the_same_words(backend, case):
     assert str(error.value) == f"{op.__name__}: {message}"
 
 
+@pytest.mark.parametrize("case", ROUTE_ON_CUDA)
+def test_route_on_a_gpu_refuses_in_the_same_words(case):
+    test_refused_in_the_same_words("cuda-simt", case)
+
+
 @pytest.mark.parametrize("name", ["tree_attention", "commit_", "sample_children", "route"])
 def test_backends_by_name_do_not_fall_back(name):
     op, arguments = {"tree_attention": attention, "commit_": commit, "sample_children": sample, "route": routing}[
@@ -323,7 +332,7 @@ def test_backends_by_name_do_not_fall_back(name):
     ]()
     with pytest.raises(RuntimeError, match=f"{name}: backend 'gpu' cannot run: there is no such backend, known are"):
         op(**arguments, backend="gpu")
-    missing = "it takes tensors on cuda, got cpu" if name == "tree_attention" else f"it has no {name}"
+    missing = "it takes tensors on cuda, got cpu" if name in CUDA_OPS else f"it has no {name}"
     with pytest.raises(RuntimeError, match=f"{name}: backend 'cuda' cannot run: {missing}; the nearest accepted"):
         op(**arguments, backend="cuda")
     meta = {

@@ -90,7 +90,7 @@ def test_paper_size(backend, dtype):
 def test_choice_is_drawn(backend):
     """The draw follows the probabilities; candidates that do not exist are never chosen."""
     router = random_router(1)
-    rows = 4000
+    rows = 1000
     hidden = torch.randn(1, 4, 48).expand(rows, -1, -1)
     valid = torch.tensor([True, False, True, True]).repeat(rows, 1)
     uniforms = (torch.arange(rows, dtype=torch.float64) + torch.rand(rows, dtype=torch.float64)) / rows

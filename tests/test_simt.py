@@ -161,6 +161,13 @@ def test_shuffle_up_and_ballot(simt, delta):
         assert {vote % 2**32 for vote in votes[32 * warp : 32 * warp + 32].tolist()} == {odd}
 
 
+@pytest.mark.parametrize("lane", [0, 7, 31])
+def test_broadcast(simt, lane):
+    x, got = torch.randn(64).double(), torch.zeros(64).double()
+    run(simt, "broadcast_lane", x, got, numbers=(lane,), threads=64)
+    assert torch.equal(got.view(2, 32), x.view(2, 32)[:, lane : lane + 1].expand(2, 32))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_load_matrices(simt, transposed):
     rows = np.random.default_rng(0).permutation(64)[:32]
@@ -314,6 +321,20 @@ def test_a_copy_out_of_place_is_reported(simt, to, of, what):
     run(simt, "copy_to", torch.zeros(64), numbers=(1008, 16), shared=1024)
 
 
+def test_copies_of_words(simt):
+    late = 0
+    for seed in SEEDS:
+        simt.configure(seed=seed)
+        for finish in (1, 0):
+            source, out = torch.arange(1, 65, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+            run(simt, "copy_words", source, out, numbers=(finish,), threads=64, shared=256)
+            right = out == source * (torch.arange(64) % 2 == 0)
+            assert (right | (out == -1)).all()
+            assert right.all() or not finish
+            late += int((~right).sum())
+    assert late > 0
+
+
 # ---- Blocks ----
 
 
@@ -356,6 +377,15 @@ def test_sums_and_maxima_of_all_threads(simt):
 
 
 # ---- Blocks that wait for each other ----
+
+
+def test_values_that_are_waited_for(simt):
+    for seed in SEEDS:
+        simt.configure(seed=seed, multiprocessors=5)
+        rows = torch.full((6, 4), -1, dtype=torch.int32).view(torch.float32)
+        rows[0] = torch.tensor([7.0, 8.0, 9.0, 1.0])
+        run(simt, "chain", rows, grid=(5, 1, 1), threads=64)
+        assert torch.equal(rows[1:], torch.arange(2.0, 7.0)[:, None].expand(5, 4))
 
 
 def meet(simt: ModuleType, blocks: int, counted: int) -> bool:

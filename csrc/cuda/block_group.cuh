@@ -15,7 +15,8 @@ class BlockGroup {
 
   // Collective over all blocks of the group. What any of their threads has written before is seen by all after it,
   // through load_shared_by_blocks.
-  LBR_DEVICE void barrier() {
+  LBR_DEVICE void barrier(CallSite site = CallSite::here()) {
+    if (is_left_out(site)) return;
     block_barrier();  // all of this block's writes are made
     if (size_ > 1 && thread_index() == 0) {
       fence();

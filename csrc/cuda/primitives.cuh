@@ -72,6 +72,12 @@ LBR_DEVICE char* shared_memory() {
 // Collective over the block: what was written to shared or global memory before it is seen by all its threads after it.
 LBR_DEVICE void block_barrier() { __syncthreads(); }
 
+// Where a collective that is made of others was called, and whether the shim shall leave it out there.
+struct CallSite {
+  LBR_DEVICE static CallSite here() { return {}; }
+};
+LBR_DEVICE bool is_left_out(CallSite /*site*/) { return false; }
+
 // Collective over the warp.
 template <class T>
 LBR_DEVICE T shuffle_xor(T value, int lane_mask) {
@@ -84,9 +90,9 @@ LBR_DEVICE T shuffle_up(T value, int delta) {
   return __shfl_up_sync(0xffffffffu, value, unsigned(delta));
 }
 
-// Collective over the warp: the value of lane `lane`, the same for all.
+// Collective over the warp: the value of one lane, the same for all.
 template <class T>
-LBR_DEVICE T shuffle(T value, int lane) {
+LBR_DEVICE T broadcast(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
 
@@ -232,12 +238,13 @@ LBR_DEVICE uint32_t pack<BFloat16>(float low, float high) {
 
 LBR_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 LBR_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
-LBR_DEVICE float widen(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+LBR_DEVICE float widen(float x) { return x; }
 LBR_DEVICE float widen(Half x) {
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
-  return wide;
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
 }
+LBR_DEVICE float widen(BFloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
 
 // Within two units in the last place. In 2^x subnormal numbers count as zero.
 LBR_DEVICE float exp2(float x) {

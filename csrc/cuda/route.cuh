@@ -44,7 +44,10 @@ class RouteBlock {
     copy_weights();
     for (first_row_ = begin; first_row_ < end; first_row_ += launch_.rows) {
       // All have done with the rows before, in the workspace and in shared memory.
-      if (first_row_ > begin) group.barrier();
+      if (first_row_ > begin) {
+        // All have done with the rows before, in the workspace and in shared memory.
+        group.barrier();
+      }
       rows_ = min(launch_.rows, end - first_row_);
       read_rows();
       clear();
@@ -387,12 +390,6 @@ class RouteBlock {
   struct alignas(4 * sizeof(T)) Four {
     T v[4];
   };
-  LBR_DEVICE static float widened(float x) { return x; }
-  template <class T>
-  LBR_DEVICE static float widened(T x) {
-    return widen(x);
-  }
-
   // Four values of a node's hidden state from `input` on; beyond the end they are zero.
   template <class T>
   LBR_DEVICE Float4 hidden(int node, int input) const {
@@ -402,10 +399,10 @@ class RouteBlock {
     if (launch_.hidden_aligned) {
       const Four<T> four = *reinterpret_cast<const Four<T>*>(from);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x.v[e] = widened(four.v[e]);
+      for (int e = 0; e < 4; ++e) x.v[e] = widen(four.v[e]);
     } else {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x.v[e] = input + e < p_.hidden_size ? widened(from[e]) : 0;
+      for (int e = 0; e < 4; ++e) x.v[e] = input + e < p_.hidden_size ? widen(from[e]) : 0;
     }
     return x;
   }
@@ -972,7 +969,7 @@ class RouteBlock {
     const double difference = double(score - top) / p_.temperature;
     const double mine = exists ? gpu::exp(difference) : 0;
     double sum = 0;
-    for (int k = 0; k < width_; ++k) sum = add(sum, shuffle(mine, k));
+    for (int k = 0; k < width_; ++k) sum = add(sum, broadcast(mine, k));
     return exists ? float(difference - gpu::log(sum)) : -infinity();
   }
 
@@ -981,7 +978,7 @@ class RouteBlock {
     int best = -1;
     float top = 0;
     for (int k = 0; k < width_; ++k) {
-      const float other = shuffle(log_prob, k);
+      const float other = broadcast(log_prob, k);
       if (!(exists >> k & 1) || (best >= 0 && !(other > top))) continue;
       best = k;
       top = other;
@@ -996,7 +993,7 @@ class RouteBlock {
     int choice = -1;
     double sum = 0;
     for (int k = 0; k < width_; ++k) {
-      const double probability = shuffle(mine, k);
+      const double probability = broadcast(mine, k);
       if (probability <= 0 || sum > uniform) continue;
       choice = k;
       sum = add(sum, probability);

@@ -87,6 +87,37 @@ LBR_KERNEL(1024, 1) shuffle_up_and_ballot(LBR_PARAMETER Arguments p) {
   p.pointer<unsigned>(2)[t] = ballot(value % 2 != 0);
 }
 
+// Pointers: fp64 [threads], fp64 [threads] what lane number 0 has.
+LBR_KERNEL(1024, 1) broadcast_lane(LBR_PARAMETER Arguments p) {
+  const int t = thread_index();
+  p.pointer<double>(1)[t] = broadcast(p.pointer<double>(0)[t], p.numbers[0]);
+}
+
+// 4 bytes a thread, of which those of every second are valid. Pointers: int32 [threads], int32 [threads].
+LBR_KERNEL(1024, 1) copy_words(LBR_PARAMETER Arguments p) {
+  const int t = thread_index();
+  auto* shared = reinterpret_cast<int*>(shared_memory());
+  copy_async_4(shared + t, p.pointer<int>(0) + t, t % 2 == 0);
+  copy_async_commit();
+  if (p.numbers[0]) copy_async_wait<0>();
+  p.pointer<int>(1)[t] = shared[t];
+  copy_async_wait<0>();
+}
+
+// Each block waits for what the block before it publishes, all of its threads, and publishes the next number. Pointer
+// 0: float [blocks + 1, 4] of which the first row is there.
+LBR_KERNEL(64, 1) chain(LBR_PARAMETER Arguments p) {
+  const float* from = p.pointer<float>(0) + 4 * block_index().x;
+  Float4 four = poll(reinterpret_cast<const Float4*>(from));
+  for (int e = 0; e < 4; ++e) {
+    while (bits_of(four.v[e]) == kAbsent) {
+      pause();
+      four.v[e] = poll(from + e);
+    }
+  }
+  if (thread_index() < 4) publish(p.pointer<float>(0) + 4 * block_index().x + 4 + thread_index(), four.v[3] + 1);
+}
+
 // Two groups of 16 bytes a thread, then wait<1>, a barrier, and all of shared memory goes out. Pointer 0: int32
 // [2, threads, 4], pointer 1: likewise. `numbers` = threads, threads whose copies are valid, whether the rest is waited
 // for.
@@ -252,6 +283,8 @@ const std::pair<const char*, void (*)(Arguments)> kKernels[] = {
     {"two_masks", two_masks},
     {"shuffle", shuffle},
     {"shuffle_up_and_ballot", shuffle_up_and_ballot},
+    {"broadcast_lane", broadcast_lane},
+    {"copy_words", copy_words},
     {"sum_and_maximum", sum_and_maximum},
     {"functions", functions},
     {"copy", copy},
@@ -272,8 +305,9 @@ void run(const std::string& name, const std::vector<uintptr_t>& pointers, const 
   Arguments arguments{};
   for (size_t i = 0; i < pointers.size(); ++i) arguments.pointers[i] = reinterpret_cast<void*>(pointers.at(i));
   for (size_t i = 0; i < numbers.size(); ++i) arguments.numbers[i] = numbers.at(i);
-  if (name == "meet") {
-    return launch_cooperative(meet, {grid.at(0), grid.at(1), grid.at(2)}, threads, shared_bytes, {}, arguments);
+  if (name == "meet" || name == "chain") {
+    return launch_cooperative(name == "meet" ? meet : chain, {grid.at(0), grid.at(1), grid.at(2)}, threads,
+                              shared_bytes, {}, arguments);
   }
   for (const auto& [known, kernel] : kKernels) {
     if (name == known)

@@ -251,7 +251,8 @@ std::mutex alone;
 Configuration configured;
 uint64_t next_launch = 0;
 Launch* now = nullptr;
-std::vector<std::unique_ptr<Block>> pool;  // the blocks that may be alive
+std::vector<std::unique_ptr<Block>> pool;     // the blocks that may be alive
+std::vector<std::vector<unsigned>> counters;  // that launches have been given
 
 Fibre& self() { return *static_cast<Fibre*>(running); }
 
@@ -383,7 +384,7 @@ void execute(const Waiting& met, Exchange& exchange) {
       for (int lane = 0; lane < kWarpSize; ++lane)
         exchange.received_up[lane] = exchange.sent_up[lane < met.detail ? lane : lane - met.detail];
       break;
-    case Operation::kShuffleFrom: exchange.received_by_all = exchange.sent_to_all[met.detail]; break;
+    case Operation::kBroadcast: exchange.taken = exchange.offered[met.detail]; break;
     case Operation::kBallot:
       exchange.votes = 0;
       for (int lane = 0; lane < kWarpSize; ++lane) exchange.votes |= unsigned(exchange.voted[lane]) << lane;
@@ -404,7 +405,7 @@ std::string describe(const Waiting& waiting) {
     case Operation::kBarrier: name = "block_barrier"; break;
     case Operation::kShuffle: name = "shuffle_xor by " + std::to_string(waiting.detail); break;
     case Operation::kShuffleUp: name = "shuffle_up by " + std::to_string(waiting.detail); break;
-    case Operation::kShuffleFrom: name = "shuffle from " + std::to_string(waiting.detail); break;
+    case Operation::kBroadcast: name = "broadcast of lane " + std::to_string(waiting.detail); break;
     case Operation::kBallot: name = "ballot"; break;
     case Operation::kLoadMatrices: name = "load_matrices"; break;
     case Operation::kLoadMatricesTransposed: name = "load_matrices_transposed"; break;
@@ -527,6 +528,11 @@ void configure(const Configuration& configuration) {
 
 const Configuration& configuration() { return configured; }
 
+unsigned* allocate_counters(int64_t count) {
+  const std::lock_guard<std::mutex> lock(alone);
+  return counters.emplace_back(size_t(count)).data();
+}
+
 void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, bool cooperative, Site site) {
   const std::lock_guard<std::mutex> lock(alone);
   require(grid.x > 0 && grid.y > 0 && grid.z > 0, "the grid is empty");
@@ -569,6 +575,7 @@ void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, bool
   now = nullptr;
   if (fault.empty()) return;
   for (const auto& block : pool) block->memory.reset();
+  for (auto& piece : counters) std::fill(piece.begin(), piece.end(), 0u);
   throw std::runtime_error(fault + "; launched at " + short_name(site.file) + ":" + std::to_string(site.line) +
                            ", seed " + std::to_string(configured.seed) + ", launch " + std::to_string(number));
 }
@@ -589,14 +596,11 @@ void meet_warp(Operation operation, int detail, Site site) {
   Fibre& fibre = self();
   Warp& warp = *fibre.warp;
   const Waiting waiting{operation, detail, site};
-  const bool shuffle =
-      operation == Operation::kShuffle || operation == Operation::kShuffleUp || operation == Operation::kShuffleFrom;
-  if (shuffle && (detail < 0 || detail >= kWarpSize)) {
-    const char* how = operation == Operation::kShuffle     ? "_xor by"
-                      : operation == Operation::kShuffleUp ? "_up by"
-                                                           : " from";
-    fault(site, "shuffle%s %d, which names no lane", how, detail);
-  }
+  const char* const name = operation == Operation::kShuffle     ? "shuffle_xor by"
+                           : operation == Operation::kShuffleUp ? "shuffle_up by"
+                           : operation == Operation::kBroadcast ? "broadcast of"
+                                                                : nullptr;
+  if (name != nullptr && (detail < 0 || detail >= kWarpSize)) fault(site, "%s %d, which names no lane", name, detail);
   stop(fibre, waiting);
   if (!warp.meeting.complete_with(waiting, kWarpSize)) return go_on(fibre);
   execute(waiting, warp.exchange);

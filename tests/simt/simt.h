@@ -34,7 +34,7 @@ enum class Operation {
   kBarrier,
   kShuffle,
   kShuffleUp,
-  kShuffleFrom,
+  kBroadcast,
   kBallot,
   kLoadMatrices,
   kLoadMatricesTransposed,
@@ -54,7 +54,7 @@ struct Exchange {
   const char* row[kWarpSize];                 // from where
   uint64_t sent[kWarpSize], received[kWarpSize];
   uint64_t sent_up[kWarpSize], received_up[kWarpSize];
-  uint64_t sent_to_all[kWarpSize], received_by_all;
+  uint64_t offered[kWarpSize], taken;
   bool voted[kWarpSize];
   unsigned votes;
 };
@@ -91,6 +91,9 @@ extern Thread* running;
 void configure(const Configuration& configuration);
 const Configuration& configuration();
 void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, bool cooperative, Site site);
+
+// A launch that ends with a fault leaves counters as they were in the middle of it; then all are set to zero.
+unsigned* allocate_counters(int64_t count);
 
 // Both stop the thread until all others of its block or warp have come to the same place with the same detail. The lane
 // that arrives last carries out a warp's operation on its Exchange.
@@ -171,6 +174,9 @@ inline void block_barrier(simt::Site site = simt::Site::here()) {
   if (site.line != simt::configuration().without) simt::meet_block(site);
 }
 
+using CallSite = simt::Site;
+inline bool is_left_out(CallSite site) { return site.line == simt::configuration().without; }
+
 template <class T>
 T shuffle_xor(T value, int lane_mask, simt::Site site = simt::Site::here()) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(uint64_t));
@@ -192,12 +198,12 @@ T shuffle_up(T value, int delta, simt::Site site = simt::Site::here()) {
 }
 
 template <class T>
-T shuffle(T value, int lane, simt::Site site = simt::Site::here()) {
+T broadcast(T value, int lane, simt::Site site = simt::Site::here()) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(uint64_t));
   const simt::Thread& self = *simt::running;
-  std::memcpy(&self.exchange->sent_to_all[self.lane], &value, sizeof value);
-  simt::meet_warp(simt::Operation::kShuffleFrom, lane, site);
-  std::memcpy(&value, &self.exchange->received_by_all, sizeof value);
+  std::memcpy(&self.exchange->offered[self.lane], &value, sizeof value);
+  simt::meet_warp(simt::Operation::kBroadcast, lane, site);
+  std::memcpy(&value, &self.exchange->taken, sizeof value);
   return value;
 }
 
@@ -303,8 +309,9 @@ uint32_t pack(float low, float high) {
 
 inline uint32_t bits_of(float x) { return simt::to_bits(x); }
 inline float float_of(uint32_t bits) { return simt::from_bits(bits); }
-inline float widen(BFloat16 x) { return simt::to_float(x); }
+inline float widen(float x) { return x; }
 inline float widen(Half x) { return simt::to_float(x); }
+inline float widen(BFloat16 x) { return simt::to_float(x); }
 
 inline float exp2(float x) {
   const float y = std::exp2(x);  // 1 for whatever is subnormal
@@ -331,7 +338,7 @@ inline Device current_device() { return simt::configuration().device; }
 template <class Params>
 void require_kernel(void (* /*kernel*/)(Params)) {}
 
-inline unsigned* allocate_counters(int64_t count) { return new unsigned[count](); }
+inline unsigned* allocate_counters(int64_t count) { return simt::allocate_counters(count); }
 
 inline bool is_capturing(Stream /*stream*/) { return false; }
 
