@@ -292,8 +292,12 @@ def a_step(model, depth, rows=2, captured=False, router=None, **change):
     return kept.step
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+# Torch traces grouped products, which these models have, in bf16 only.
+EXPERTS = ("gpt_oss", "qwen3_moe")
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in EXPERTS])
 @torch.no_grad()
 def test_a_step_can_be_traced_without_values(family, depth):
     """Fake tensors have no values: whatever asks for one, as a host would, fails."""
