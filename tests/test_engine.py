@@ -11,7 +11,6 @@ import re
 import threading
 import warnings
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
@@ -24,8 +23,9 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from lbr_kernels import DecodingStats, Router, WarmUp, check_model, generate, release, warmup
-from lbr_kernels.decoding import engine
+from lbr_kernels.decoding import engine, replay
 from lbr_kernels.decoding.adapter import ModelAdapter
+from lbr_kernels.decoding.cache import CACHE_NAME
 from lbr_kernels.decoding.engine import capacity_class, kept_step
 from lbr_kernels.decoding.routing import Routing
 from lbr_kernels.decoding.sampling import Draws
@@ -59,12 +59,13 @@ def assert_same(a, b) -> None:
 
 @pytest.mark.parametrize(("width", "depth"), TREES)
 @pytest.mark.parametrize("do_sample", [True, False])
-def test_fixed_steps_give_the_text_of_the_loop(llama, width, depth, do_sample):
+@pytest.mark.parametrize("router_do_sample", [True, False])
+def test_fixed_steps_give_the_text_of_the_loop(llama, width, depth, do_sample, router_do_sample):
     """Ragged prompts, texts that end at different steps, a router with opinions."""
     router = trained_looking_router(llama, depth)
     a, b = both(
-        llama, **RAGGED, width=width, depth=depth, router=router, do_sample=do_sample, max_new_tokens=40,
-        eos_token_id=[11, 29], pad_token_id=0,
+        llama, **RAGGED, width=width, depth=depth, router=router, do_sample=do_sample,
+        router_do_sample=router_do_sample, max_new_tokens=40, eos_token_id=[11, 29], pad_token_id=0,
     )  # fmt: skip
     assert_same(a, b)
     assert (a.stats.engine, b.stats.engine) == ("eager", "static")
@@ -95,8 +96,7 @@ def test_a_text_that_outgrows_its_window():
     model = tiny_model("gemma3_text")
     a, b = both(model, **RAGGED, width=2, depth=1, max_new_tokens=600, **SAMPLED)
     assert_same(a, b)
-    cache = b.past_key_values if hasattr(b, "past_key_values") else b.cache
-    assert cache.layers[0].keys.shape[2] == 5
+    assert getattr(b, CACHE_NAME).layers[0].keys.shape[2] == 5
 
 
 @pytest.mark.parametrize("filters", [
@@ -114,12 +114,11 @@ def test_return_sequences_streams_and_caches(llama):
     a, b = both(llama, input_ids=IDS, **options)
     assert_same(a, b)
     # Texts go on from the returned cache.
-    name = "cache" if hasattr(b, "cache") else "past_key_values"
     mask = torch.ones_like(a.sequences)
     more = [
         generate(
             llama, out.sequences, attention_mask=mask, max_new_tokens=5, generator=seeded(4), engine=which,
-            **{name: getattr(out, name)}, **SAMPLED,
+            **{CACHE_NAME: getattr(out, CACHE_NAME)}, **SAMPLED,
         )
         for out, which in ((a, "eager"), (b, "static"))
     ]  # fmt: skip
@@ -163,7 +162,7 @@ def test_a_kept_step_serves_other_prompts_filters_seeds_and_routers(llama):
     assert len(engine._steps[llama]) == 1
 
 
-def test_a_step_is_made_anew_where_the_old_one_does_not_fit(llama):
+def test_a_step_is_made_anew_where_none_serves(llama):
     release(llama)
     call = {"engine": "static", "max_new_tokens": 3, **SAMPLED}
     generate(llama, IDS, **call)
@@ -171,28 +170,82 @@ def test_a_step_is_made_anew_where_the_old_one_does_not_fit(llama):
         generate(llama, IDS, **{**call, **change})
     assert len(engine._steps[llama]) == 4
     first = next(iter(engine._steps[llama]))
-    generate(llama, IDS[:1], **call)  # one more than are kept: the oldest goes
+    generate(llama, IDS, **call)  # the same, and so the last one to go
+    generate(llama, IDS[:1], **call)  # one more than are kept
     assert len(engine._steps[llama]) == 4
-    assert first not in engine._steps[llama]
-    llama.lm_head.weight.data = llama.lm_head.weight.data.clone()  # the old addresses are nobody's now
-    generate(llama, IDS, **call)
-    assert len(engine._steps[llama]) == 1
+    assert first in engine._steps[llama]
     release(llama)
     assert llama not in engine._steps
+
+
+def test_a_longer_cache_serves_shorter_texts(llama):
+    release(llama)
+    for length in (600, 20, 300):
+        a, b = both(llama, input_ids=IDS, max_new_tokens=length, eos_token_id=[5, 9, 11, 20], **SAMPLED)
+        assert_same(a, b)
+    assert len(engine._steps[llama]) == 1
+
+
+def test_a_cache_of_other_layers_needs_another_step():
+    """A text that goes on from a cache without windows, then one with them."""
+    model = tiny_model("mistral")
+    for past in (lambda: DynamicCache(), lambda: None):
+        a, b = (
+            generate(
+                model, IDS, engine=which, trie=False, max_new_tokens=9, generator=seeded(1),
+                return_dict_in_generate=True, **SAMPLED, **({CACHE_NAME: past()} if past() is not None else {}),
+            )
+            for which in ("eager", "static")
+        )  # fmt: skip
+        assert_same(a, b)
+        kinds = [[type(layer) for layer in getattr(out, CACHE_NAME).layers] for out in (a, b)]
+        assert kinds[0] == kinds[1]
+
+
+def test_memory_goes_with_the_step():
+    """Without waiting for the garbage collector."""
+    model = tiny_llama()
+    generate(model, IDS, engine="static", max_new_tokens=3, **SAMPLED)
+    (kept,) = engine._steps[model].values()
+    arena = weakref.ref(kept.step.cache.groups[0].buffers[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del kept
+        release(model)
+        assert arena() is None
+    finally:
+        gc.enable()
 
 
 def test_what_changes_a_forward_changes_the_key(llama):
     key = engine._model_key(llama)
     assert engine._model_key(llama) == key
     llama.train()
-    assert engine._model_key(llama) != key
+    assert engine._model_key(llama).modes != key.modes
     llama.eval()
-    handle = llama.model.layers[0].register_forward_hook(lambda *args: None)
-    assert engine._model_key(llama) != key
-    handle.remove()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert engine._model_key(llama) != key
+    layer = llama.model.layers[0]
+    layer.forward = layer.forward
+    assert engine._model_key(llama).modes != key.modes
+    del layer.forward
     assert engine._model_key(llama) == key
+    llama.lm_head.weight.data = llama.lm_head.weight.data.clone()
+    assert engine._model_key(llama).places != key.places
+
+
+def test_steps_for_parameters_that_are_gone_go(graphs):
+    model = tiny_llama()
+    call = {"max_new_tokens": 3, **SAMPLED}
+    generate(model, IDS, **call)
+    model.train()
+    generate(model, IDS, **call)
+    model.eval()
+    generate(model, IDS, **call)
+    assert len(graphs) == len(engine._steps[model]) == 2
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()  # the old addresses are nobody's now
+    generate(model, IDS, **call)
+    assert len(graphs) == 3
+    assert len(engine._steps[model]) == 1
 
 
 def test_what_is_kept_does_not_keep_the_model():
@@ -372,16 +425,12 @@ class StandIn:
 def graphs(monkeypatch):
     """Calls on the CPU go the way of graphs."""
     made = []
-    obstacle = engine._obstacle
-
-    def without_the_device(model, config, *args):
-        return obstacle(model, replace(config, engine="static"), *args)
 
     def capture(step, device):
         made.append(StandIn(step))
         return made[-1]
 
-    monkeypatch.setattr(engine, "_obstacle", without_the_device)
+    monkeypatch.setattr(engine, "_graph_obstacle", engine._python_at_every_step)
     monkeypatch.setattr(engine, "_capture", capture)
     return made
 
@@ -397,7 +446,7 @@ def test_what_is_decoded_past_the_end_is_cut_off(graphs, depth):
     assert (out.stats.engine, out.stats.engine_reason) == ("graph", None)
     steps = out.trajectory.choices.shape[1]
     assert steps < 57
-    assert graphs[0].replays == steps + engine.MOST_STEPS_LATE
+    assert graphs[0].replays == steps + replay.MOST_STEPS_LATE
 
 
 def test_the_length_limit_enqueues_nothing_past_it(graphs):
@@ -427,12 +476,12 @@ def test_bad_values_are_said_while_decoding(graphs, monkeypatch):
     """Kernels for GPUs set flags: the next record that is read raises."""
     model = tiny_llama()
     generate(model, IDS, max_new_tokens=3, **SAMPLED)
-    replay = StandIn.replay
+    run = StandIn.replay
 
     def flags(self) -> None:
-        replay(self)
+        run(self)
         if self.replays == 10:
-            engine.word(torch.device("cpu")).fill_(8)
+            replay.word(torch.device("cpu")).fill_(8)
 
     monkeypatch.setattr(StandIn, "replay", flags)
     with pytest.raises(RuntimeError, match="a row of logits held NaN"):
@@ -470,6 +519,78 @@ def test_a_graph_that_cannot_be_had(graphs, monkeypatch, error):
     with pytest.raises(RuntimeError, match=f"generate: engine 'graph' cannot run: .*{first_line}"):
         generate(model, IDS, engine="graph", max_new_tokens=9, **SAMPLED)
     assert warmup(model, max_length=20).engine == "eager"
+
+
+def test_a_failure_is_remembered_and_memory_is_not(graphs, monkeypatch):
+    """What failed once fails again, so it is not tried again; but memory may be free the next time."""
+    tried = []
+
+    def fails(*args) -> None:
+        tried.append(args)
+        raise errors[-1]
+
+    monkeypatch.setattr(engine, "_capture", fails)
+    for errors, tries in (([RuntimeError("no")], 1), ([torch.OutOfMemoryError("none left")], 2)):
+        model = tiny_llama()
+        tried.clear()
+        for _ in range(2):
+            with pytest.warns(UserWarning, match=str(errors[-1])):
+                generate(model, IDS, max_new_tokens=3, **SAMPLED)
+        assert len(tried) == tries
+
+
+def test_out_of_memory_lets_go_of_what_is_kept_first(graphs, monkeypatch):
+    model = tiny_llama()
+    generate(model, IDS, max_new_tokens=3, **SAMPLED)
+    capture, failures = engine._capture, [torch.OutOfMemoryError("none left")]
+
+    def fails_once(*args):
+        if failures:
+            raise failures.pop()
+        return capture(*args)
+
+    monkeypatch.setattr(engine, "_capture", fails_once)
+    out = generate(model, IDS[:1], max_new_tokens=3, return_dict_in_generate=True, **SAMPLED)
+    assert out.stats.engine == "graph"
+    assert len(engine._steps[model]) == 1
+
+
+def test_the_reason_is_not_the_callers_own_trouble(graphs, monkeypatch):
+    def fails(*args) -> None:
+        raise RuntimeError("the capture's")
+
+    monkeypatch.setattr(engine, "_capture", fails)
+    try:
+        raise ValueError("the caller's")
+    except ValueError:
+        with pytest.warns(UserWarning, match="the capture's"):
+            generate(tiny_llama(), IDS, max_new_tokens=3, **SAMPLED)
+
+
+class Mine(torch.nn.Parameter):
+    pass
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (lambda m: m.model.layers[1].register_forward_hook(lambda *args: None), "there is a hook on the model's model"),
+    (lambda m: m.lm_head.register_forward_pre_hook(lambda *args: None), "there is a hook on the model's lm_head"),
+    (lambda m: setattr(m.lm_head, "weight", Mine(m.lm_head.weight.data)), "the model has parameters of type Mine"),
+])  # fmt: skip
+def test_what_a_graph_would_pass_over(graphs, change, reason):
+    model = tiny_llama()
+    change(model)
+    out = generate(model, IDS, max_new_tokens=3, return_dict_in_generate=True, **SAMPLED)
+    assert out.stats.engine == "eager"
+    assert re.match(reason, out.stats.engine_reason)
+
+
+def test_autocast(graphs):
+    """A graph would keep its copies of the weights; ragged rows, whose keys and values come in two types, decode."""
+    model = tiny_llama()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = generate(model, **RAGGED, max_new_tokens=5, return_dict_in_generate=True, **SAMPLED)
+    assert out.stats.engine_reason == "autocast is on, whose copies of the weights a graph would keep"
+    assert out.sequences.shape == (3, 9)
 
 
 REASONS = {

@@ -16,6 +16,7 @@ fixed capacity never grows, and a forward or a commit on it reads nothing on the
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, fields
 
 import torch
@@ -52,10 +53,17 @@ class TreeLayer(CacheLayerMixin):
 
     def __init__(self, group: LayerGroup, window: int | None) -> None:
         super().__init__()
-        self.group = group
+        self._group = weakref.ref(group)  # or memory would wait for the garbage collector
         self.window = window
         self.is_sliding = window is not None
         self.is_initialized = True
+
+    @property
+    def group(self) -> LayerGroup:
+        """The layer's group, which lives as long as its cache."""
+        group = self._group()
+        assert group is not None
+        return group
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the group makes the views."""
@@ -177,6 +185,7 @@ class LayerGroup:
             start = self.longest + self.base
             buffer[:, :, start : start + nodes] = states
             return
+        states = states.to(buffer.dtype)  # autocast's keys and values may differ
         if self._slots is None or self._slots.shape[1] != nodes:
             # int64 as scatter wants it; one for all layers of a forward.
             self._slots = self.prefix_lens[:, None].long() + torch.arange(

@@ -22,8 +22,9 @@ from lbr_kernels import ops
 from lbr_kernels.decoding.adapter import ModelAdapter, require_supported
 from lbr_kernels.decoding.cache import CACHE_NAME, TreeCache
 from lbr_kernels.decoding.config import LBRConfig
-from lbr_kernels.decoding.engine import FixedDecoder, KeptStep, NotFixedError, engine_obstacle, kept_step
+from lbr_kernels.decoding.engine import KeptStep, NotFixedError, engine_obstacle, kept_step
 from lbr_kernels.decoding.loop import DecodingStats, Limits, StepView, TreeDecoder
+from lbr_kernels.decoding.replay import FixedDecoder
 from lbr_kernels.decoding.routing import RouterLike, Routing
 from lbr_kernels.decoding.sampling import ChildSampler, Draws
 from lbr_kernels.decoding.trajectory import DecodingSettings, TreeTrajectory, fingerprint
@@ -250,7 +251,7 @@ class _Call:
             if stats.engine_reason is None:
                 fixed = self._fixed_step(
                     stack, adapter, prefilled, stats, rows=rows, width=config.width, depth=config.depth,
-                    length=int(lens.max()) + limits.max_new_tokens + tree_nodes, draw_children=do_sample,
+                    length=int(lens.max()) + limits.max_new_tokens, draw_children=do_sample,
                     draw_choice=draw_choice, num_eos=len(limits.eos_token_ids), routing=routing,
                 )  # fmt: skip
             if fixed is not None:

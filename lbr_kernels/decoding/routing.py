@@ -55,10 +55,11 @@ class Routing:
             )
 
     def copy(self) -> Routing:
-        """The same with weights of its own."""
+        """The same with weights of its own, of a router that is one."""
         other = copy.copy(self)
         if self.weights is not None:
             other.weights = self.weights._replace(data=self.weights.data.clone())
+        other.router = None
         return other
 
     @property

@@ -176,7 +176,7 @@ class FixedStep:
         self.tokens.fill_(-1)
         layers, logits = [], root_logits
         for layer in range(1, self.depth):
-            uniforms = None if draws is None else draws.at(0)[:, self._slots(layer)]
+            uniforms = draws.at(0)[:, self._slots(layer)] if draws is not None and self.draw_children else None
             layers.append(self._children(layer, logits, uniforms))
             logits = self._forward(layer, self._every_node(layer))
         assert self.logits is not None

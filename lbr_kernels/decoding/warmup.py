@@ -17,7 +17,6 @@ from lbr_kernels.decoding.engine import NotFixedError, engine_obstacle, kept_ste
 from lbr_kernels.decoding.generate import unwrapped
 from lbr_kernels.decoding.loop import DecodingStats
 from lbr_kernels.decoding.routing import RouterLike, Routing
-from lbr_kernels.ops.tree_shape import num_slots
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ def warmup(
     Args:
         model: as for ``generate``.
         batch_size: rows, return sequences counted.
-        max_length: the most tokens of a text, prompt included. Graphs are made for classes of lengths, a quarter of a
-            power of two apart.
+        max_length: the most tokens of a text, prompt included; shorter ones are served too. Graphs are made for
+            classes of lengths, a quarter of a power of two apart.
         router, do_sample: as in those calls. Of a router only the shape matters.
         eos_token_id: as in those calls, by default what the model's own generation config says.
         config, **settings: as for ``generate`` (``width``, ``depth``, ...).
@@ -85,7 +84,7 @@ def warmup(
         try:
             kept_step(
                 model, adapter, prefilled, rows=batch_size, width=config.width, depth=config.depth,
-                length=max_length + num_slots(config.width, config.depth), draw_children=do_sample,
+                length=max_length, draw_children=do_sample,
                 draw_choice=do_sample if config.router_do_sample is None else config.router_do_sample,
                 num_eos=0 if ends is None else 1 if isinstance(ends, int) else len(ends), routing=routing,
                 captured=config.engine != "static", stats=stats,
