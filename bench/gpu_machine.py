@@ -69,6 +69,21 @@ class Machine(Protocol):
     def seconds(self, work: Work, times: int) -> float:
         """Of one run, the mean of so many."""
 
+    def wall(self, work: Work) -> float:
+        """Seconds of one run on the host's clock, until the device has done it all."""
+
+    def peak(self, work: Work) -> dict[str, int]:
+        """Bytes in use ``before`` a run, and the most that were ``allocated`` and ``reserved`` in it."""
+
+    def mark(self) -> Any:
+        """A point in the device's time."""
+
+    def between(self, one: Any, other: Any) -> float:
+        """Seconds from one mark to another, which have been reached."""
+
+    def let_host_run_ahead(self) -> None:
+        """The device waits for some time, in which the host launches what is to be timed without the host's part."""
+
     def healthy(self) -> bool:
         """Whether anything can still be run."""
 
@@ -150,6 +165,36 @@ class Gpu:
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / times
 
+    def wall(self, work: Work) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def peak(self, work: Work) -> dict[str, int]:
+        self.free_bytes()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return {
+            "before": before,
+            "allocated": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.max_memory_reserved(),
+        }
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, one: torch.cuda.Event, other: torch.cuda.Event) -> float:
+        return float(one.elapsed_time(other)) / 1e3
+
+    def let_host_run_ahead(self) -> None:
+        torch.cuda._sleep(HOST_AHEAD)
+
     def healthy(self) -> bool:
         try:
             torch.cuda.synchronize()
@@ -186,6 +231,22 @@ class DryRun:
         for _ in range(times):
             work()
         return (time.perf_counter() - start) / times
+
+    def wall(self, work: Work) -> float:
+        return self.seconds(work, 1)
+
+    def peak(self, work: Work) -> dict[str, int]:
+        work()
+        return {"before": 0, "allocated": 0, "reserved": 0}
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def between(self, one: float, other: float) -> float:
+        return other - one
+
+    def let_host_run_ahead(self) -> None:
+        pass
 
     def healthy(self) -> bool:
         return True
