@@ -1,12 +1,14 @@
-"""The benchmark of ``ops.tree_attention`` on a GPU.
+"""The benchmarks on a GPU: ``ops.tree_attention``, and the decoding step with its other ops.
 
     .venv/bin/python bench/gpu.py attention             at most 8 minutes; JSON, table, plot into bench/results/
-    .venv/bin/python bench/gpu.py attention --quick     a selection of the shapes
-    .venv/bin/python bench/gpu.py attention --dry-run   no GPU: the same code on tiny shapes; keeps nothing
+    .venv/bin/python bench/gpu.py step                  at most 10 minutes; likewise
+    .venv/bin/python bench/gpu.py ... --quick           a selection
+    .venv/bin/python bench/gpu.py ... --dry-run         no GPU: the same code on tiny shapes; keeps nothing
     .venv/bin/python bench/gpu.py results               bench/results/gpu.md, from the runs that are kept
 
 ``lbr-kernels build`` comes first where kernels have to be compiled; optional sides are those whose package can be
-imported (flash_attn, flash_attn_interface, flashinfer; the last compiles at first use).
+imported (flash_attn, flash_attn_interface, flashinfer; the last compiles at first use). What follows is of
+``attention``; ``gpu_step.py`` and ``gpu_ops.py`` say how ``step`` measures.
 
 Contract
 --------
@@ -28,18 +30,22 @@ listed. Results are written after every shape.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
 import gpu_machine
+import gpu_ops
 import gpu_report
+import gpu_step
+import gpu_step_report
 import torch
 import typer
 from gpu_attention import (
@@ -231,9 +237,9 @@ def troubles(data: dict[str, Any]) -> list[str]:
 
 
 def stem_of(data: dict[str, Any]) -> str:
-    """``<date>-<device>-attention``; a selection is named so, lest it take a whole run's place."""
+    """``<date>-<device>-<benchmark>``; a selection is named so, lest it take a whole run's place."""
     device = re.sub(r"[^a-z0-9]+", "-", data["device"]["name"].lower()).strip("-")
-    return f"{data['date']}-{device}-attention{'-quick' if data['quick'] else ''}"
+    return f"{data['date']}-{device}-{data['benchmark']}{'-quick' if data['quick'] else ''}"
 
 
 def write_json(data: dict[str, Any], directory: Path) -> Path:
@@ -243,56 +249,110 @@ def write_json(data: dict[str, Any], directory: Path) -> Path:
     return path
 
 
-@app.command()
-def attention(
-    out: Annotated[
-        Path | None, typer.Option(help="Where JSON, table and plot go; bench/results by default.", file_okay=False)
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A small selection of the shapes.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="No GPU: tiny shapes on the CPU; keeps nothing unless --out is given.")
-    ] = False,
-    minutes: Annotated[float, typer.Option(help="All that follows Python's start.", min=0.1)] = 7.5,
-) -> None:
-    """Measure ops.tree_attention against the other ways of computing it; ends with 1 if anything is wrong."""
+Out = Annotated[
+    Path | None, typer.Option(help="Where JSON, table and plot go; bench/results by default.", file_okay=False)
+]
+Quick = Annotated[bool, typer.Option("--quick", help="A small selection.")]
+Dry = Annotated[
+    bool, typer.Option("--dry-run", help="No GPU: tiny shapes on the CPU; keeps nothing unless --out is given.")
+]
+Minutes = Annotated[float, typer.Option(help="All that follows Python's start.", min=0.1)]
+
+
+def _machine(out: Path | None, dry_run: bool) -> Machine:
     if dry_run and out is not None and out.resolve() == RESULTS.resolve():
         raise typer.BadParameter("a dry run has no place in bench/results")
     if not dry_run and not torch.cuda.is_available():
         say("no GPU: torch.cuda.is_available() is False; --dry-run exercises the script on a CPU")
         raise typer.Exit(2)
-    started = time.monotonic()
-    machine: Machine = DryRun() if dry_run else Gpu()
-    # Every shape has a compiled variant of its own, and beyond the limit nothing would be compiled.
-    torch._dynamo.config.recompile_limit = 1000
-    sides, missing = sides_for(machine.device)
-    shapes = DRY if dry_run else QUICK if quick else SHAPES
+    return DryRun() if dry_run else Gpu()
+
+
+@contextlib.contextmanager
+def _directory(out: Path | None, dry_run: bool) -> Iterator[Path]:
+    """Where results go; a dry run's are gone afterwards, unless it was said where they are to be kept."""
     with tempfile.TemporaryDirectory() as scratch:
-        directory = out or (Path(scratch) if dry_run else RESULTS)
-        data = measure(
-            machine, shapes, sides, missing, 60 * minutes - (time.monotonic() - started), dry_run=dry_run, quick=quick,
-            keep=lambda known: write_json(known, directory),
-        )  # fmt: skip
-        path = write_json(data, directory)
-        run = gpu_report.Run.load(path)
-        text = gpu_report.tables(run)
-        path.with_suffix(".md").write_text(text)
-        gpu_report.draw(run, path.with_suffix(".svg"))
-        say(text)
-        if directory.resolve() == RESULTS.resolve():
-            write_page()
-        if not dry_run or out is not None:
-            say(f"{path}, table and plot beside it")
-    found = troubles(data)
+        yield out or (Path(scratch) if dry_run else RESULTS)
+
+
+def _finish(data: dict[str, Any], directory: Path, write: Callable[[Path], str], found: list[str], kept: bool) -> None:
+    """Write JSON, table and plot, show the table, and end with 1 if anything was found wrong."""
+    path = write_json(data, directory)
+    text = write(path)
+    path.with_suffix(".md").write_text(text)
+    say(text)
+    if directory.resolve() == RESULTS.resolve():
+        write_page()
+    if kept:
+        say(f"{path}, table and plot beside it")
     for line in found:
         say(line)
     if found:
         raise typer.Exit(1)
 
 
-def write_page() -> Path:
+@app.command()
+def attention(out: Out = None, quick: Quick = False, dry_run: Dry = False, minutes: Minutes = 7.5) -> None:
+    """Measure ops.tree_attention against the other ways of computing it; ends with 1 if anything is wrong."""
+    started = time.monotonic()
+    machine = _machine(out, dry_run)
+    # Every shape has a compiled variant of its own, and beyond the limit nothing would be compiled.
+    torch._dynamo.config.recompile_limit = 1000
+    sides, missing = sides_for(machine.device)
+    shapes = DRY if dry_run else QUICK if quick else SHAPES
+
+    def write(path: Path) -> str:
+        run = gpu_report.Run.load(path)
+        gpu_report.draw(run, path.with_suffix(".svg"))
+        return gpu_report.tables(run)
+
+    with _directory(out, dry_run) as directory:
+        data = measure(
+            machine, shapes, sides, missing, 60 * minutes - (time.monotonic() - started), dry_run=dry_run, quick=quick,
+            keep=lambda known: write_json(known, directory),
+        )  # fmt: skip
+        _finish(data, directory, write, troubles(data), not dry_run or out is not None)
+
+
+@app.command()
+def step(out: Out = None, quick: Quick = False, dry_run: Dry = False, minutes: Minutes = 9.0) -> None:
+    """Measure a decoding step's other ops, the engines and plain decoding; ends with 1 if anything is wrong."""
+    started = time.monotonic()
+    machine = _machine(out, dry_run)
+    scale = gpu_step.DRY if dry_run else gpu_step.FULL
+    data: dict[str, Any] = {
+        "benchmark": "step", "dry_run": dry_run, "quick": quick, "complete": False, "aborted": None,
+        "date": date.today().isoformat(), "device": machine.describe(), "versions": versions(),
+        "dtype": str(machine.dtype).removeprefix("torch."),
+    }  # fmt: skip
+
+    def write(path: Path) -> str:
+        run = gpu_step_report.StepRun.load(path)
+        gpu_step_report.draw(run, path.with_suffix(".svg"))
+        return gpu_step_report.tables(run)
+
+    with _directory(out, dry_run) as directory:
+        gpu_step.measure(
+            machine, gpu_step.quick(scale) if quick else scale, gpu_ops.cases(dry_run),
+            60 * minutes - (time.monotonic() - started), data, keep=lambda known: write_json(known, directory),
+        )  # fmt: skip
+        _finish(data, directory, write, gpu_step.troubles(data), not dry_run or out is not None)
+
+
+def page_text() -> str:
     """The results page, made from the runs in bench/results."""
+    parts = [
+        "# On GPUs",
+        f"Made by `{gpu_report.COMMAND} results` from the JSON files beside it.",
+        gpu_report.results_part(gpu_report.Run.kept(RESULTS)).rstrip(),
+        gpu_step_report.results_part(gpu_step_report.StepRun.kept(RESULTS)),
+    ]
+    return "\n\n".join(parts)
+
+
+def write_page() -> Path:
     page = RESULTS / PAGE
-    page.write_text(gpu_report.results_page(gpu_report.kept_runs(RESULTS)))
+    page.write_text(page_text())
     return page
 
 

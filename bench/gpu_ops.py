@@ -20,12 +20,13 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from gpu_machine import BrokenDeviceError, Machine, Ready, Record, alternate, first_line, make_ready, say
+from gpu_report import ratio, timed
 from report import number
 from torch import Tensor
 
@@ -317,6 +318,24 @@ def measure_ops(
         say(f"{case}: {_shown(entry['sides'])}")
         keep(entry)
     return skipped
+
+
+def preference(entries: Iterable[Record]) -> dict[str, dict[str, Any]]:
+    """For every op which of our two backends is faster: by the geometric mean over cases of triton / cuda.
+
+    Only cases at which both were timed count.
+    """
+    found: dict[str, list[float]] = {}
+    for entry in entries:
+        if {"cuda", "triton"} <= set(timed(entry)):
+            found.setdefault(entry["op"], []).append(ratio(entry, "triton", "cuda")[1])
+    return {
+        op: {
+            "backend": "cuda" if statistics.fmean(map(math.log, ratios)) >= 0 else "triton",
+            "triton_over_cuda": ratios,
+        }
+        for op, ratios in found.items()
+    }
 
 
 def _shown(sides: Mapping[str, Record]) -> str:

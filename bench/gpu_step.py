@@ -341,7 +341,9 @@ def time_sides(
     return {"batch": batch, "prompt": decoding.prompt, "new": [short, long], "sides": records}
 
 
-def peak_memory(decoding: Decoding, batch: int, sides: Sequence[Side], count: int, bad: Mapping[str | None, str]) -> Record:
+def peak_memory(
+    decoding: Decoding, batch: int, sides: Sequence[Side], count: int, bad: Mapping[str | None, str]
+) -> Record:
     """The entry of one batch: bytes at the peak of a first call, what warming up takes included."""
     records: dict[str, Record] = {}
     for side in sides:
@@ -476,8 +478,8 @@ def measure(
     """Fill ``data`` with the whole run; ``keep`` is given what is known after every entry."""
     plan = Plan(seconds, SECTIONS)
     data |= {
-        "method": method(scale), "roof": [machine.roof()], "sections": {}, "skipped": [], "checks": [], "ops": [],
-        "preference": {}, "model": {}, "steps": [], "memory": [], "phases": [], "engines": [],
+        "engine": scale.engine, "method": method(scale), "roof": [machine.roof()], "sections": {}, "skipped": [],
+        "checks": [], "ops": [], "preference": {}, "model": {}, "steps": [], "memory": [], "phases": [], "engines": [],
     }  # fmt: skip
 
     @contextlib.contextmanager
@@ -502,6 +504,7 @@ def measure(
 
     def add_op(entry: Record) -> None:
         data["ops"].append(entry)
+        data["preference"] = gpu_ops.preference(data["ops"])
         keep(data)
 
     fast = [Side(width, depth, scale.engine) for width, depth in SETTINGS]
@@ -562,10 +565,10 @@ def method(scale: Scale) -> str:
     )  # fmt: skip
     batches = " and ".join(map(str, scale.batches))
     return (
-        f"Prompts of {scale.prompt} random tokens, draws from the {TOP_K} likeliest tokens, no end token. A step's time "
-        f"is that of {many} new tokens less that of {few}, over the difference ({batch_many} and {batch_few} at batches "
-        f"other than {batches}, {slow_many} and {slow_few} where engines are compared). The ops run in CUDA graphs, "
-        "cold or warm in the L2 as each case says."
+        f"Prompts of {scale.prompt} random tokens, draws from the {TOP_K} likeliest tokens, no end token. The time of "
+        f"a step is that of {many} new tokens less that of {few}, over the difference ({batch_many} and {batch_few} at "
+        f"batches other than {batches}, {slow_many} and {slow_few} where engines are compared). The ops run in CUDA "
+        "graphs, cold or warm in the L2 as each case says."
     )
 
 
@@ -586,3 +589,30 @@ def step_seconds(entry: Record, name: str) -> list[float]:
     few, many = entry["new"]
     side = entry["sides"][name]
     return [(long - short) / (many - few) for short, long in zip(side["short"], side["long"], strict=True)]
+
+
+def entries(data: Record) -> Iterator[tuple[str, dict[str, Record]]]:
+    """Every entry of a run: its name, and its sides."""
+    for entry in data["ops"]:
+        yield f"{entry['op']}, {entry['case']}", entry["sides"]
+    for kind in ("steps", "memory", "phases", "engines"):
+        for entry in data[kind]:
+            yield f"{kind}, batch {entry['batch']}", entry["settings" if kind == "phases" else "sides"]
+
+
+def troubles(data: Record) -> list[str]:
+    """What makes the command end with 1: an abort, and whatever was wrong or failed."""
+    found = [f"aborted: {data['aborted']}"] if data["aborted"] else []
+    found += [
+        f"engine {one['engine']}, {one['what']}: {one['status']}: {one['why']}"
+        for one in data["checks"]
+        if one["status"] != "passed"
+    ]
+    found += [f"{one['what']}: {one['why']}" for one in data["skipped"] if one["why"].startswith("failed")]
+    for where, sides in entries(data):
+        found += [
+            f"{where}; {name}: {side['status']}: {side['why']}"
+            for name, side in sides.items()
+            if side["status"] in ("wrong", "failed")
+        ]
+    return found

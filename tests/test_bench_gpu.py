@@ -82,7 +82,7 @@ def test_a_dry_run_goes_through_everything(dry):
     assert "DRY RUN" in path.with_suffix(".svg").read_text()
     gpu_report.draw(gpu_report.Run.load(path), path.with_suffix(".again.svg"))
     assert path.with_suffix(".again.svg").read_bytes() == path.with_suffix(".svg").read_bytes()
-    assert gpu_report.kept_runs(path.parent) == []
+    assert gpu_report.Run.kept(path.parent) == []
 
 
 def test_a_dry_run_has_no_place_among_the_results():
@@ -385,10 +385,8 @@ def test_preference(dry):
 
 def test_the_results_page_says_what_was_measured(dry, monkeypatch, tmp_path):
     """The page and its generator belong together; where no GPU has run, it says so for every figure."""
-    page = gpu.RESULTS / gpu.PAGE
-    kept = gpu_report.kept_runs(gpu.RESULTS)
-    assert page.read_text() == gpu_report.results_page(kept)
-    empty = gpu_report.results_page([])
+    assert (gpu.RESULTS / gpu.PAGE).read_text() == gpu.page_text()
+    empty = gpu_report.results_part([])
     assert empty.count(gpu_report.NOT_MEASURED) == len(gpu_report._figures(None))
 
     data = as_if_measured(json.loads(dry[0].read_text()), {"ours, cuda": 4e-6, "ours, triton": 6e-6, SDPA: 9e-6})
