@@ -36,7 +36,7 @@ from gpu_machine import BrokenDeviceError, Machine, Record, first_line, say
 from naive_lbr import NaiveDecoder
 from report import number
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel, Qwen2Config
 
 import lbr_kernels
 from lbr_kernels import DecodingStats, Router, TreeTrajectory
@@ -110,10 +110,10 @@ def make_model(config: Mapping[str, Any], device: torch.device, dtype: torch.dty
     """Random weights, made where they are to be; no token ends a text."""
     torch.manual_seed(0)
     with torch.device(device):
-        model: PreTrainedModel = Qwen2ForCausalLM._from_config(
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(
             Qwen2Config(**config, bos_token_id=None, eos_token_id=None, pad_token_id=0), dtype=dtype
         )
-    return model.eval()
+    return made.eval()
 
 
 class Told(NamedTuple):
@@ -305,10 +305,8 @@ def time_sides(
                 run = functools.partial(decoding.ours, *shape)
                 if engine != "eager":
                     record["warm_up"] = machine.wall(functools.partial(decoding.warm_up, *shape, long))
-                for count in lengths:
-                    decoding.told(*shape, count)
-            for count in lengths:
-                run(count)
+                decoding.told(*shape, long)
+            run(short)
             whole += sum(machine.wall(functools.partial(run, count)) for count in lengths)
         except Exception as error:
             if not machine.healthy():
