@@ -105,9 +105,8 @@ class Commit:
     ) -> None:  # fmt: skip
         self.turns = turns
         slots = SLOTS_APART * (turns + 1)
-        generator = torch.Generator(device).manual_seed(0)
         sizes = (batch, 2 * layers * heads) if one_arena else (2 * layers, batch, heads)
-        memory = torch.randn(*sizes, slots, head_size, generator=generator, device=device, dtype=dtype)
+        memory = torch.empty(*sizes, slots, head_size, device=device, dtype=dtype)  # every check fills it
         self.caches = [memory] if one_arena else list(memory.unbind(0))
         self.memory = memory.unsqueeze(0) if one_arena else memory
         self.moves = SOURCES[depth]
@@ -120,6 +119,8 @@ class Commit:
         ops.commit_(self.caches, self.lens[turn], self.sources, advance=0, backend=backend)
 
     def checked(self, run: Callable[[], Any], turns: Sequence[int]) -> Record:
+        # The second of two equal commits changes nothing: without new data it could be left out unseen.
+        self.memory.normal_()
         want = self.memory.clone()
         run()
         device = self.sources.device
@@ -182,7 +183,7 @@ class Children:
 
 
 class Route:
-    """``route`` with a router whose every weight is random: an untrained one gives all candidates the same score."""
+    """``route`` with a router that makes a difference: an untrained one gives all candidates the same score."""
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, turns: int, *, rows: int, hidden_size: int, depth: int
@@ -192,7 +193,8 @@ class Route:
         router = Router(RouterConfig(hidden_size, depth)).eval()
         with torch.no_grad():
             for parameter in router.parameters():
-                parameter.normal_(std=0.05, generator=generator)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+            router.score.weight.normal_(std=0.3, generator=generator)  # type: ignore[operator]
         packed = router.packed()
         hidden = torch.randn(rows, num_slots(WIDTH, depth), hidden_size, generator=generator).to(dtype)
         wide = RouterWeights(packed.data.double(), *packed[1:])
