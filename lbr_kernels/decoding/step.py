@@ -110,6 +110,12 @@ class FixedStep:
         self._sources = torch.cat([winners, self._survivors], dim=1).to(torch.int32)
         self._row_numbers = torch.arange(rows * width ** (depth - 1), device=device)
 
+        # A number in the place of a tensor would be written anew in every step.
+        self._none = torch.full((), -1, device=device)
+        self._nothing, self._zero = (torch.zeros((), dtype=t, device=device) for t in (torch.int32, torch.float32))
+        self._nodes = torch.tensor([width**layer for layer in range(depth + 1)], dtype=torch.int32, device=device)
+        self._moves = torch.full((), self._sources.shape[1], dtype=torch.int32, device=device)
+
         leaves = width**depth
         # What a call brings.
         self.limit, self.pad_token_id = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
@@ -200,7 +206,9 @@ class FixedStep:
                 token, frontier = self._commit(hidden, choice)
                 goes_on = self._goes_on(choice, token)
                 self.active.copy_(goes_on)
-                chosen = torch.where(choice >= 0, router_log_probs.gather(1, choice.clamp(min=0)[:, None])[:, 0], 0)
+                chosen = torch.where(
+                    choice >= 0, router_log_probs.gather(1, choice.clamp(min=0)[:, None])[:, 0], self._zero
+                )
                 numbers = [tokens, choice[:, None], token[:, None], goes_on[:, None].long()]
                 torch.cat(numbers, dim=1, out=self.record.numbers)
                 torch.cat([log_probs, chosen[:, None]], dim=1, out=self.record.log_probs)
@@ -222,7 +230,7 @@ class FixedStep:
         and their log-probabilities.
         """
         frontier = self.rows * self.width ** (layer - 1)
-        index = torch.where(self._expands(layer - 1).flatten(), self._row_numbers[:frontier], -1)
+        index = torch.where(self._expands(layer - 1).flatten(), self._row_numbers[:frontier], self._none)
         temperature, top_k, top_p, min_p = self.filters[:frontier].unbind(1)
         options: dict[str, Any] = {
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "row_index": index,
@@ -264,7 +272,7 @@ class FixedStep:
         forward = TreeForward(
             self.cache,
             self._masks[:, : slots.stop, : (slots.stop + 63) // 64],
-            torch.where(self.active, nodes, 0).to(torch.int32),
+            torch.where(self.active, self._nodes[layer], self._nothing),
             self.routing.backend,
         )
         tokens = self.tokens[:, slots].clamp(min=0)
@@ -295,7 +303,7 @@ class FixedStep:
         # A row that met a bad value has no choice either; it ends here, and its flag says why.
         chosen, winner = choice >= 0, choice.clamp(min=0)
         sources = self._sources.index_select(0, winner)
-        num_moves = torch.where(chosen, sources.shape[1], 0).to(torch.int32)
+        num_moves = torch.where(chosen, self._moves, self._nothing)
         self.cache.commit(sources, num_moves, backend=self.routing.backend)
         token = torch.where(chosen, self.tokens.gather(1, winner[:, None])[:, 0], self.pad_token_id)
         survivors = self._survivors.index_select(0, winner)
@@ -303,7 +311,7 @@ class FixedStep:
         if kept == 0:
             frontier = hidden.gather(1, winner[:, None, None].expand(-1, 1, width))
         else:
-            self.tokens[:, :kept] = torch.where(chosen[:, None], self.tokens.gather(1, survivors), -1)
+            self.tokens[:, :kept] = torch.where(chosen[:, None], self.tokens.gather(1, survivors), self._none)
             hidden[:, :kept] = hidden.gather(1, survivors[..., None].expand(-1, -1, width))
             frontier = hidden[:, self._slots(self.depth - 1)]
         self.step += 1
