@@ -391,6 +391,7 @@ def versions() -> dict[str, str | None]:
     return {
         "torch": torch.__version__,
         "CUDA": torch.version.cuda,
+        "transformers": of("transformers"),
         "Triton": of("triton"),
         "flash-attn": of("flash-attn"),
         "FlashInfer": of("flashinfer-python"),

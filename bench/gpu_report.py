@@ -163,7 +163,7 @@ def preference_literal(run: Run) -> str:
     return "\n".join([f'SOURCE = "{run.stem}.json"', "TREE_ATTENTION = {", *lines, "}"])
 
 
-def _verdict(met: bool | None) -> str:
+def verdict(met: bool | None) -> str:
     return {True: "pass", False: "FAIL", None: ""}[met]
 
 
@@ -229,8 +229,8 @@ def tables(run: Run) -> str:
             number(1e6 * run.roof_seconds(entry)),
             "<br>".join(mine) or "",
             "" if share is None else number(share),
-            _verdict(meets_speed_bar(run, entry)),
-            _verdict(is_ahead(entry)),
+            verdict(meets_speed_bar(run, entry)),
+            verdict(is_ahead(entry)),
             "<br>".join(rest),
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -489,12 +489,12 @@ def measure(
         data["sections"][name] = {"allotted": end - start, "taken": time.monotonic() - start}
         keep(data)
 
-    def each(kind: str, what: Sequence[T], end: float, entry: Callable[[T, float], Record]) -> None:
+    def each(kind: str, what: Mapping[str, T], end: float, entry: Callable[[T, float], Record]) -> None:
         # An equal share of what is left until `end` for each of them.
-        for index, one in enumerate(what):
+        for index, (name, one) in enumerate(what.items()):
             now = time.monotonic()
             if now > end:
-                data["skipped"].append({"what": f"{kind}, {one}", "why": "the time was used up"})
+                data["skipped"].append({"what": f"{kind}, {name}", "why": "the time was used up"})
                 continue
             data[kind].append(entry(one, now + (end - now) / (len(what) - index)))
             say(_shown(kind, data[kind][-1]))
@@ -530,23 +530,24 @@ def measure(
             return found
 
         few = (scale.rounds[0], scale.rounds[0])
+        batches, more = ({f"batch {b}": b for b in some} for some in (scale.batches, scale.more_batches))
         with section("step") as end:
-            each("steps", scale.batches, end, lambda b, end: timed(b, [*fast, plain], scale.lengths, scale.rounds, end))
+            each("steps", batches, end, lambda b, end: timed(b, [*fast, plain], scale.lengths, scale.rounds, end))
         with section("memory") as end:
             new = scale.lengths[1]
-            each("memory", scale.batches, end, lambda b, _: peak_memory(decoding, b, [*fast, plain], new, bad))
+            each("memory", batches, end, lambda b, _: peak_memory(decoding, b, [*fast, plain], new, bad))
         with section("phases") as end:
-            each("phases", scale.batches, end, lambda b, _: phases(decoding, b, bad, scale.phase_steps))
+            each("phases", batches, end, lambda b, _: phases(decoding, b, bad, scale.phase_steps))
         with section("batches") as end:
-            each("steps", scale.more_batches, end, lambda b, end: timed(b, fast, scale.batch_lengths, few, end))
+            each("steps", more, end, lambda b, end: timed(b, fast, scale.batch_lengths, few, end))
         with section("engines") as end:
             # One setting at a time: a model keeps few fixed steps.
-            each(
-                "engines", [(batch, *setting) for batch in scale.batches for setting in SETTINGS], end,
-                lambda one, end: timed(
-                    one[0], [Side(*one[1:], engine) for engine in scale.engines], scale.engine_lengths, few, end
-                ),
-            )  # fmt: skip
+            compared = {
+                f"{name}, {setting_name(*setting)}": (b, [Side(*setting, engine) for engine in scale.engines])
+                for name, b in batches.items()
+                for setting in SETTINGS
+            }
+            each("engines", compared, end, lambda one, end: timed(*one, scale.engine_lengths, few, end))
     except Exception as error:
         data["aborted"] = first_line(error)
         say(f"aborted: {data['aborted']}")

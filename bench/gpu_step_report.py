@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_ops import Case, cases
-from gpu_report import COMMAND, NOT_MEASURED, Entry, Run, describe, fastest, quartiles, seconds, timed
+from gpu_report import COMMAND, NOT_MEASURED, Entry, Run, describe, fastest, quartiles, seconds, timed, verdict
 from gpu_step import FULL, PLAIN, SETTINGS, entries, setting_name, step_seconds
 from report import number, spread
 
@@ -42,10 +42,6 @@ class StepRun(Run):
 
     def side(self, width: int, depth: int) -> str:
         return f"{setting_name(width, depth)}, {self.engine}"
-
-
-def verdict(met: bool | None) -> str:
-    return {True: "pass", False: "FAIL", None: ""}[met]
 
 
 def preference_literal(run: StepRun) -> str:
@@ -96,7 +92,7 @@ def step_tokens(entry: Entry, name: str) -> float:
 
 
 def peak(side: dict[str, Any]) -> float:
-    """Bytes reserved at the peak."""
+    """Bytes reserved at the peak; what graphs hold is among them."""
     return float(side["reserved"])
 
 
