@@ -18,6 +18,8 @@
 // of the tokens that are surely kept; all ties together tell how many of the first of them are left out.
 #pragma once
 
+#include <type_traits>
+
 #include "block_group.cuh"
 #include "sample_children.h"
 
@@ -124,12 +126,22 @@ class SampleChildrenBlock : SampleChildrenBlockShape {
 
  private:
   static constexpr int kVector = 16 / int(sizeof(T));
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
   static constexpr int kBinsPerThread = kBins / kThreads;
   static constexpr int kPiecesPerLane = kPieces / kWarpSize;
   static constexpr unsigned kHasNaN = 1u << 30, kBadUniform = 1u << 31;  // notes, beside the lowest bits of logits
 
+  // 16 bytes of logits.
   struct alignas(16) Chunk {
-    T logits[kVector];
+    unsigned words[4];
+
+    LBR_DEVICE float logit(int i) const {
+      if constexpr (sizeof(T) == 4) {
+        return bits_as<float>(words[i]);
+      } else {
+        return widen(T{uint16_t(words[i / 2] >> (i % 2 * 16))});
+      }
+    }
   };
 
   LBR_DEVICE static int lane() { return thread_index() % kWarpSize; }
@@ -222,7 +234,7 @@ class SampleChildrenBlock : SampleChildrenBlockShape {
   LBR_DEVICE void locate(int64_t index) {
     logits_ = static_cast<const T*>(p_.logits) + index * p_.logits_stride;
     const uintptr_t address = reinterpret_cast<uintptr_t>(logits_), start = address / 16 * 16;
-    chunks_ = reinterpret_cast<const Chunk*>(start);
+    chunks_ = reinterpret_cast<const Float4*>(start);
     offset_ = int(address - start) / int(sizeof(T));
     const int64_t count = (offset_ + p_.vocab + kVector - 1) / kVector;
     first_chunk_ = int(count * rank_ / blocks_);
@@ -236,18 +248,24 @@ class SampleChildrenBlock : SampleChildrenBlockShape {
   // -inf stands for what lies outside the row.
   LBR_DEVICE Chunk read(int chunk) const {
     const int token = token_of(chunk, 0), end = int(p_.vocab);
-    if (token >= 0 && token + kVector <= end) return chunks_[chunk];
+    if (token >= 0 && token + kVector <= end) return bits_as<Chunk>(load_constant(chunks_ + chunk));
     Chunk cut;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i)
-      cut.logits[i] = token + i >= 0 && token + i < end ? logits_[token + i] : minus_infinity<T>();
+    for (int word = 0; word < 4; ++word) {
+      cut.words[word] = 0;
+#pragma unroll
+      for (int i = 0; i < kVector / 4; ++i) {
+        const int at = token + word * (kVector / 4) + i;
+        const T logit = at >= 0 && at < end ? logits_[at] : minus_infinity<T>();
+        cut.words[word] |= unsigned(bits_as<Bits>(logit)) << (i * 16);
+      }
+    }
     return cut;
   }
 
-  // Calls f(chunk, its logits) for all of this block's part. Several chunks are on their way at a time.
-  template <class F>
+  // Calls f(chunk, its logits) for all of this block's part, which is loaded `kBatch` chunks at a time.
+  template <int kBatch, class F>
   LBR_DEVICE void for_each_chunk(const F& f) const {
-    constexpr int kBatch = 4;
     for (int first = first_chunk_ + thread_index(); first < end_chunk_; first += kBatch * kThreads) {
       Chunk chunks[kBatch];
 #pragma unroll
@@ -266,10 +284,10 @@ class SampleChildrenBlock : SampleChildrenBlockShape {
     constexpr unsigned kLowest = (1u << (32 - kBinBits)) - 1;
     float top = minus_infinity<float>();
     unsigned notes = 0;
-    for_each_chunk([&](int, const Chunk& chunk) {
+    for_each_chunk<4>([&](int, const Chunk& chunk) {  // out of memory, unlike later
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        const float logit = widen(chunk.logits[i]);
+        const float logit = chunk.logit(i);
         top = gpu::max(top, logit);
         notes |= (bits_as<unsigned>(logit) & kLowest) | (logit != logit ? kHasNaN : 0);
         if (top_k_ > 0) atomic_add(&shared_.lows[place_of(image_of(logit), 32 - kBinBits)], 1u);
@@ -367,20 +385,20 @@ class SampleChildrenBlock : SampleChildrenBlockShape {
   // Makes a histogram of the tokens with images from `low` to `high`, of their weights or of how many they are.
   template <bool kByWeight>
   LBR_DEVICE void fill_bins(unsigned low, unsigned high, int shift) {
-    for_each_chunk([&](int, const Chunk& chunk) {
+    for_each_chunk<1>([&](int, const Chunk& chunk) {
       bool counts[kVector], any = false;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        const unsigned image = image_of(widen(chunk.logits[i]));
+        const unsigned image = image_of(chunk.logit(i));
         any |= counts[i] = image >= low && image <= high;
       }
       if (!any) return;
       Word values[kVector];
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) values[i] = kByWeight ? weight_of(widen(chunk.logits[i])) : 1;
+      for (int i = 0; i < kVector; ++i) values[i] = kByWeight ? weight_of(chunk.logit(i)) : 1;
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
-        if (counts[i]) add_to_bin(place_of(image_of(widen(chunk.logits[i])), shift), values[i]);
+        if (counts[i]) add_to_bin(place_of(image_of(chunk.logit(i)), shift), values[i]);
     });
   }
 
@@ -476,11 +494,11 @@ class SampleChildrenBlock : SampleChildrenBlockShape {
   LBR_DEVICE Mass mass_of(const Chunk& chunk) const {
     bool any = false;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) any |= image_of(widen(chunk.logits[i])) >= floor_;
+    for (int i = 0; i < kVector; ++i) any |= image_of(chunk.logit(i)) >= floor_;
     Mass mass;
     if (!any) return mass;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) mass = mass + mass_of(widen(chunk.logits[i]));
+    for (int i = 0; i < kVector; ++i) mass = mass + mass_of(chunk.logit(i));
     return mass;
   }
 
@@ -664,10 +682,10 @@ class SampleChildrenBlock : SampleChildrenBlockShape {
     for (int64_t k = 0; k < p_.width; ++k) {
       Word best = 0;
       if (last > 0) {
-        for_each_chunk([&](int number, const Chunk& chunk) {
+        for_each_chunk<1>([&](int number, const Chunk& chunk) {
 #pragma unroll
           for (int i = 0; i < kVector; ++i) {
-            const unsigned image = image_of(widen(chunk.logits[i]));
+            const unsigned image = image_of(chunk.logit(i));
             const int token = token_of(number, i);
             if (image < floor_ || (image <= tie_end_ && token < first_tie_)) continue;
             const Word key = Word(image) << 32 | ~unsigned(token);
@@ -736,7 +754,7 @@ class SampleChildrenBlock : SampleChildrenBlockShape {
   Word top_k_, least_weight_;
 
   const T* logits_;
-  const Chunk* chunks_;  // where the 16 bytes begin in which the row begins, `offset_` logits earlier
+  const Float4* chunks_;  // where the 16 bytes begin in which the row begins, `offset_` logits earlier
   int offset_, first_chunk_, end_chunk_, piece_chunks_;
 
   double top_;

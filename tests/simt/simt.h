@@ -243,6 +243,8 @@ T load_shared_by_blocks(const T* p, simt::Site site = simt::Site::here()) {
   return *p;
 }
 
+inline Float4 load_constant(const Float4* p) { return *p; }
+
 inline void copy_async_16(void* shared, const void* global, bool valid, simt::Site site = simt::Site::here()) {
   simt::start_copy(shared, global, valid, site);
 }
