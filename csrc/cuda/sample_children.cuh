@@ -117,10 +117,7 @@ class SampleChildrenBlock : SampleChildrenBlockShape {
     block_barrier();  // the histogram is empty
     for (int64_t row = group_index_; row < p_.rows; row += launch_.plan.groups) make_children(row);
     if (blocks_ == 1) return;
-    if (filled_ >= 0) {
-      group_.barrier();  // all have read the last histogram
-      go_on(false);
-    }
+    go_on(false);  // a histogram that is left belongs to a row that was refused: nobody looks at it any more
     group_.leave();
   }
 
