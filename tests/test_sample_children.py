@@ -159,7 +159,7 @@ def test_probability_zero_is_never_drawn(backend):
     logits[0, ::2] = -torch.inf
     logits[0, 1::8] = -30  # its weight is zero, too
     uniforms = torch.rand(1, draws, dtype=torch.float64)
-    uniforms[0, :2] = torch.tensor([0.0, 1 - 2**-53])
+    uniforms[0, :2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     counts = sample(backend, logits, uniforms)[0].flatten().bincount(minlength=64)
     assert (counts[logits[0] < -29] == 0).all()
     assert (counts[logits[0] > -29] > 0).all()

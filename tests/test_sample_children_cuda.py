@@ -7,7 +7,6 @@ import itertools
 import pytest
 import simt_backend
 import torch
-from barriers import first_failure, waits
 from support import DTYPES
 
 from lbr_kernels import ops
@@ -185,30 +184,6 @@ def test_how_many_blocks_share_a_row(simt):
     assert choose(rows=70, vocabulary=151_936, resident=132, most=132) > 1  # else nearly half would be idle
 
 
-# ---- Every barrier is needed (tests/barriers.py) ----
-
-MULTIPROCESSORS = (1, 3)
-
-
-@pytest.fixture(scope="module")
-def cases():
-    """Rows one after the other, with each kind of pass, so that what one leaves meets the next."""
-    made = []
-    tied = torch.zeros(1, 12_000)
-    tied[:, ::3] = 1
-    for logits in (logits_of(1, 14_000), tied, logits_of(4, 3000, torch.bfloat16)):
-        for filters in ({}, {"top_k": 700}, {"top_p": 0.5}, {"top_k": 900, "top_p": 0.8}):
-            uniforms = torch.rand(len(logits), 40, dtype=torch.float64)
-            for op, argument in ((ops.sample_children, uniforms), (ops.top_children, 4)):
-                want = op(logits, argument, backend="cpu", **filters)[0]
-
-                def case(op=op, argument=argument, logits=logits, filters=filters, want=want):
-                    assert torch.equal(op(logits, argument, backend=SIMT, **filters)[0], want)
-
-                made.append(case)
-    return made
-
-
 def test_a_refused_row_leaves_no_counts(simt):
     """What it has put into a histogram is gone in the next launch."""
     simt.configure(multiprocessors=4)
@@ -220,10 +195,3 @@ def test_a_refused_row_leaves_no_counts(simt):
         with pytest.raises(RuntimeError, match=BAD_LOGITS):
             ops.raise_if_flagged("cpu")
         assert_same(good, top_k=30)
-
-
-@pytest.mark.parametrize("line", waits("sample_children.cuh"))
-def test_without(line, cases):
-    failure = first_failure("sample_children", cases, multiprocessors=MULTIPROCESSORS, without=line)
-    print(failure)
-    assert failure is not None

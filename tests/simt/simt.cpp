@@ -248,6 +248,7 @@ struct Launch {
 };
 
 std::mutex alone;
+std::vector<std::vector<unsigned>> counters;  // all that there are
 Configuration configured;
 uint64_t next_launch = 0;
 Launch* now = nullptr;
@@ -521,6 +522,9 @@ void require(bool condition, const std::string& what) {
 
 void configure(const Configuration& configuration) {
   const std::lock_guard<std::mutex> lock(alone);
+  // A kernel without one of its barriers may leave anything in them.
+  if (configured.without != 0)
+    for (auto& some : counters) std::fill(some.begin(), some.end(), 0u);
   configured = configuration;
   next_launch = configuration.first_launch;
 }
@@ -675,3 +679,13 @@ void check_row(const void* row, Site site) {
 }
 
 }  // namespace lbr::gpu::simt
+
+namespace lbr::gpu {
+
+unsigned* allocate_counters(int64_t count) {
+  const std::lock_guard<std::mutex> lock(simt::alone);
+  simt::counters.emplace_back(size_t(count));
+  return simt::counters.back().data();
+}
+
+}  // namespace lbr::gpu

@@ -313,7 +313,7 @@ inline Device current_device() { return simt::configuration().device; }
 template <class Params>
 void require_kernel(void (* /*kernel*/)(Params)) {}
 
-inline unsigned* allocate_counters(int64_t count) { return new unsigned[count](); }
+unsigned* allocate_counters(int64_t count);
 
 inline bool is_capturing(Stream /*stream*/) { return false; }
 
