@@ -15,7 +15,23 @@ class BlockGroup {
 
   // Collective over all blocks of the group. What any of their threads has written before is seen by all after it,
   // through load_shared_by_blocks.
-  LBR_DEVICE void barrier() {
+#ifdef LBR_SIMT
+  void barrier(simt::Site site = simt::Site::here()) {
+    if (site.line != simt::configuration().without) meet();
+  }
+#else
+  LBR_DEVICE void barrier() { meet(); }
+#endif
+
+  // Collective likewise, and the last thing that a block does with its group.
+  LBR_DEVICE void leave() {
+    if (size_ == 1 || thread_index() > 0) return;
+    // Whoever comes last knows that nobody waits any more.
+    if (atomic_add(counter_, 1u) == passed_ + size_ - 1) *counter_ = 0;
+  }
+
+ private:
+  LBR_DEVICE void meet() {
     block_barrier();  // all of this block's writes are made
     if (size_ > 1 && thread_index() == 0) {
       fence();
@@ -26,14 +42,6 @@ class BlockGroup {
     block_barrier();
   }
 
-  // Collective likewise, and the last thing that a block does with its group.
-  LBR_DEVICE void leave() {
-    if (size_ == 1 || thread_index() > 0) return;
-    // Whoever comes last knows that nobody waits any more.
-    if (atomic_add(counter_, 1u) == passed_ + size_ - 1) *counter_ = 0;
-  }
-
- private:
   unsigned* const counter_;
   const unsigned size_;
   unsigned passed_ = 0;  // in thread 0

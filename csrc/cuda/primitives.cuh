@@ -84,6 +84,12 @@ LBR_DEVICE T shuffle_up(T value, int delta) {
   return __shfl_up_sync(0xffffffffu, value, unsigned(delta));
 }
 
+// Collective over the warp: the value of one lane, the same for all.
+template <class T>
+LBR_DEVICE T broadcast(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
 // Collective over the warp: bit i says what lane i has given.
 LBR_DEVICE unsigned ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
 
@@ -115,6 +121,12 @@ LBR_DEVICE T load_shared_by_blocks(const T* p) {
 }
 LBR_DEVICE Float4 load_shared_by_blocks(const Float4* p) {
   const float4 loaded = __ldcg(reinterpret_cast<const float4*>(p));
+  return {{loaded.x, loaded.y, loaded.z, loaded.w}};
+}
+
+// 16 bytes of global memory, aligned, at once; nobody writes them during the launch.
+LBR_DEVICE Float4 load_constant(const Float4* p) {
+  const float4 loaded = __ldg(reinterpret_cast<const float4*>(p));
   return {{loaded.x, loaded.y, loaded.z, loaded.w}};
 }
 
@@ -190,6 +202,14 @@ LBR_DEVICE uint32_t pack<BFloat16>(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
 }
+
+LBR_DEVICE float widen(float x) { return x; }
+LBR_DEVICE float widen(Half x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+LBR_DEVICE float widen(BFloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
 
 // Within two units in the last place. In 2^x subnormal numbers count as zero.
 LBR_DEVICE float exp2(float x) {

@@ -48,6 +48,8 @@ constexpr size_t kStackBytes = 128 * 1024;
 #endif
 // So many scheduling points in a row at which no thread came any further are a fault.
 constexpr long kPatience = 20'000'000;
+// After so many all warps get new priorities.
+constexpr long kFruitless = 256;
 
 // ---- Fibres: a stack of their own, and a switch ----
 
@@ -246,6 +248,7 @@ struct Launch {
 };
 
 std::mutex alone;
+std::vector<std::vector<unsigned>> counters;  // all that there are
 Configuration configured;
 uint64_t next_launch = 0;
 Launch* now = nullptr;
@@ -381,6 +384,7 @@ void execute(const Waiting& met, Exchange& exchange) {
       for (int lane = 0; lane < kWarpSize; ++lane)
         exchange.received_up[lane] = exchange.sent_up[lane < met.detail ? lane : lane - met.detail];
       break;
+    case Operation::kBroadcast: exchange.taken = exchange.offered[met.detail]; break;
     case Operation::kBallot:
       exchange.votes = 0;
       for (int lane = 0; lane < kWarpSize; ++lane) exchange.votes |= unsigned(exchange.voted[lane]) << lane;
@@ -401,6 +405,7 @@ std::string describe(const Waiting& waiting) {
     case Operation::kBarrier: name = "block_barrier"; break;
     case Operation::kShuffle: name = "shuffle_xor by " + std::to_string(waiting.detail); break;
     case Operation::kShuffleUp: name = "shuffle_up by " + std::to_string(waiting.detail); break;
+    case Operation::kBroadcast: name = "broadcast of lane " + std::to_string(waiting.detail); break;
     case Operation::kBallot: name = "ballot"; break;
     case Operation::kLoadMatrices: name = "load_matrices"; break;
     case Operation::kLoadMatricesTransposed: name = "load_matrices_transposed"; break;
@@ -517,6 +522,9 @@ void require(bool condition, const std::string& what) {
 
 void configure(const Configuration& configuration) {
   const std::lock_guard<std::mutex> lock(alone);
+  // A kernel without one of its barriers may leave anything in them.
+  if (configured.without != 0)
+    for (auto& some : counters) std::fill(some.begin(), some.end(), 0u);
   configured = configuration;
   next_launch = configuration.first_launch;
 }
@@ -585,10 +593,11 @@ void meet_warp(Operation operation, int detail, Site site) {
   Fibre& fibre = self();
   Warp& warp = *fibre.warp;
   const Waiting waiting{operation, detail, site};
-  const bool shuffle = operation == Operation::kShuffle || operation == Operation::kShuffleUp;
-  if (shuffle && (detail < 0 || detail >= kWarpSize)) {
-    fault(site, "shuffle_%s by %d, which names no lane", operation == Operation::kShuffle ? "xor" : "up", detail);
-  }
+  const char* const name = operation == Operation::kShuffle     ? "shuffle_xor by"
+                           : operation == Operation::kShuffleUp ? "shuffle_up by"
+                           : operation == Operation::kBroadcast ? "broadcast of"
+                                                                : nullptr;
+  if (name != nullptr && (detail < 0 || detail >= kWarpSize)) fault(site, "%s %d, which names no lane", name, detail);
   stop(fibre, waiting);
   if (!warp.meeting.complete_with(waiting, kWarpSize)) return go_on(fibre);
   execute(waiting, warp.exchange);
@@ -617,6 +626,11 @@ void yield(Site site) {
     fault(site, "no progress: a thread seems to wait for one that cannot run");
   }
   redraw(*fibre.warp);
+  // Each warp that waits like this ends up below the one before it: by and by all are so low that a draw hardly ever
+  // comes out below them, and what they wait for never goes on.
+  if (now->without_progress % kFruitless == 0)
+    for (const auto& block : pool)
+      for (const auto& warp : block->warps) redraw(*warp);
   go_home(fibre);
 }
 
@@ -665,3 +679,13 @@ void check_row(const void* row, Site site) {
 }
 
 }  // namespace lbr::gpu::simt
+
+namespace lbr::gpu {
+
+unsigned* allocate_counters(int64_t count) {
+  const std::lock_guard<std::mutex> lock(simt::alone);
+  simt::counters.emplace_back(size_t(count));
+  return simt::counters.back().data();
+}
+
+}  // namespace lbr::gpu

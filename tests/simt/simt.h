@@ -34,6 +34,7 @@ enum class Operation {
   kBarrier,
   kShuffle,
   kShuffleUp,
+  kBroadcast,
   kBallot,
   kLoadMatrices,
   kLoadMatricesTransposed,
@@ -53,6 +54,7 @@ struct Exchange {
   const char* row[kWarpSize];                 // from where
   uint64_t sent[kWarpSize], received[kWarpSize];
   uint64_t sent_up[kWarpSize], received_up[kWarpSize];
+  uint64_t offered[kWarpSize], taken;
   bool voted[kWarpSize];
   unsigned votes;
 };
@@ -188,6 +190,16 @@ T shuffle_up(T value, int delta, simt::Site site = simt::Site::here()) {
   return value;
 }
 
+template <class T>
+T broadcast(T value, int lane, simt::Site site = simt::Site::here()) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(uint64_t));
+  const simt::Thread& self = *simt::running;
+  std::memcpy(&self.exchange->offered[self.lane], &value, sizeof value);
+  simt::meet_warp(simt::Operation::kBroadcast, lane, site);
+  std::memcpy(&value, &self.exchange->taken, sizeof value);
+  return value;
+}
+
 inline unsigned ballot(bool value, simt::Site site = simt::Site::here()) {
   const simt::Thread& self = *simt::running;
   self.exchange->voted[self.lane] = value;
@@ -231,6 +243,8 @@ T load_shared_by_blocks(const T* p, simt::Site site = simt::Site::here()) {
   return *p;
 }
 
+inline Float4 load_constant(const Float4* p) { return *p; }
+
 inline void copy_async_16(void* shared, const void* global, bool valid, simt::Site site = simt::Site::here()) {
   simt::start_copy(shared, global, valid, site);
 }
@@ -270,6 +284,10 @@ uint32_t pack(float low, float high) {
   return uint32_t(simt::round_to(T{}, high)) << 16 | simt::round_to(T{}, low);
 }
 
+inline float widen(float x) { return x; }
+inline float widen(Half x) { return simt::to_float(x); }
+inline float widen(BFloat16 x) { return simt::to_float(x); }
+
 inline float exp2(float x) {
   const float y = std::exp2(x);  // 1 for whatever is subnormal
   return y < 0x1p-126f ? 0.f : y;
@@ -295,7 +313,7 @@ inline Device current_device() { return simt::configuration().device; }
 template <class Params>
 void require_kernel(void (* /*kernel*/)(Params)) {}
 
-inline unsigned* allocate_counters(int64_t count) { return new unsigned[count](); }
+unsigned* allocate_counters(int64_t count);
 
 inline bool is_capturing(Stream /*stream*/) { return false; }
 
