@@ -38,7 +38,7 @@ format: $(VENV)/.lint  ## Put all sources into shape.
 SANITIZED = LBR_KERNELS_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)"
 KERNEL_TESTS = $(addprefix tests/test_,tree_attention.py commit.py sample_children.py route.py linear.py bad_input.py)
-CUDA_TESTS = $(addprefix tests/test_,tree_attention.py tree_attention_cuda.py commit.py commit_cuda.py route.py route_cuda.py simt.py)
+CUDA_TESTS = $(addprefix tests/test_,tree_attention.py tree_attention_cuda.py commit.py commit_cuda.py sample_children.py sample_children_cuda.py route.py route_cuda.py simt.py)
 
 test-sanitize: $(VENV)/.test  ## The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer; 1, 2, 4 threads.
 	set -e; for threads in 1 2 4; do OMP_NUM_THREADS=$$threads $(SANITIZED) \
@@ -47,7 +47,7 @@ test-sanitize: $(VENV)/.test  ## The kernels' tests under AddressSanitizer and U
 
 test-full: test test-sanitize gpu-check  ## All of it: other schedules of the CUDA kernels too; 80 minutes at most.
 	set -e; for seed in 2 3 4 5 6 7 8 9; do \
-		OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) $(CUDA_TESTS) tests/test_barriers.py tests/test_route_barriers.py -k "(simt or cuda or barriers) and not triton" --simt-seed=$$seed; done
+		OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) $(CUDA_TESTS) tests/test_barriers.py tests/test_sample_children_barriers.py tests/test_route_barriers.py -k "(simt or cuda or barriers) and not triton" --simt-seed=$$seed; done
 	$(SANITIZED) $(BIN)/pytest -q -n $(JOBS) --capture=sys $(CUDA_TESTS) -k "(simt or cuda) and not triton" --simt-seed=10
 	$(BIN)/pytest -q bench
 

@@ -1,12 +1,14 @@
-"""The benchmark of ``ops.tree_attention`` on a GPU.
+"""The benchmarks on a GPU: ``ops.tree_attention``, and the decoding step with its other ops.
 
     .venv/bin/python bench/gpu.py attention             at most 8 minutes; JSON, table, plot into bench/results/
-    .venv/bin/python bench/gpu.py attention --quick     a selection of the shapes
-    .venv/bin/python bench/gpu.py attention --dry-run   no GPU: the same code on tiny shapes; keeps nothing
+    .venv/bin/python bench/gpu.py step                  at most 10 minutes; likewise
+    .venv/bin/python bench/gpu.py ... --quick           a selection
+    .venv/bin/python bench/gpu.py ... --dry-run         no GPU: the same code on tiny shapes; keeps nothing
     .venv/bin/python bench/gpu.py results               bench/results/gpu.md, from the runs that are kept
 
 ``lbr-kernels build`` comes first where kernels have to be compiled; optional sides are those whose package can be
-imported (flash_attn, flash_attn_interface, flashinfer; the last compiles at first use).
+imported (flash_attn, flash_attn_interface, flashinfer; the last compiles at first use). What follows is of
+``attention``; ``gpu_step.py`` and ``gpu_ops.py`` say how ``step`` measures.
 
 Contract
 --------
@@ -29,21 +31,21 @@ listed. Results are written after every shape.
 from __future__ import annotations
 
 import contextlib
-import gc
-import importlib.metadata
 import json
 import math
-import platform
 import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
+import gpu_machine
+import gpu_ops
 import gpu_report
+import gpu_step
+import gpu_step_report
 import torch
 import typer
 from gpu_attention import (
@@ -60,223 +62,17 @@ from gpu_attention import (
     set_bytes,
     sides_for,
 )
+from gpu_machine import BrokenDeviceError, DryRun, Gpu, Machine, Ready, alternate, first_line, say, versions
 from report import number
-from rich.console import Console
 from torch import Tensor
-
-import lbr_kernels
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = "gpu.md"
 
 COLD = 3  # times the L2's bytes
-MIN_CALLS = 4  # of a graph, unless a call is slow
-SLOW_CALL = 5e-3  # seconds
-LONG_ENOUGH = 1e-3  # seconds of a measurement, by which the clock's steps do not matter
-MOST_REPLAYS = 10
 RESERVE = 15.0  # seconds for the roof's second reading, tables and plot
 
-Work = Callable[[], Any]
-
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
-console = Console()
-
-
-def say(text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-class Machine(Protocol):
-    """Where the sides run, and its clock."""
-
-    device: torch.device
-    dtype: torch.dtype
-    cache_bytes: int
-    rounds: tuple[int, int]
-    """At least and at most."""
-
-    def describe(self) -> dict[str, Any]:
-        """Name, driver, sizes."""
-
-    def free_bytes(self) -> int:
-        """Memory that can be had, after what is no longer used was given back."""
-
-    def first(self, work: Callable[[], Tensor]) -> Tensor:
-        """The result of a first run, waited for; on the stream that captures."""
-
-    def capture(self, work: Callable[[], Tensor]) -> tuple[Work, Tensor | None]:
-        """What replays ``work``, and where the result of its last call will stand, if that can be said."""
-
-    def seconds(self, work: Work, times: int) -> float:
-        """Of one run, the mean of so many."""
-
-    def healthy(self) -> bool:
-        """Whether anything can still be run."""
-
-    def roof(self) -> dict[str, list[float]]:
-        """Samples of the copy rate, bytes per second, and of the matrix rate, operations per second."""
-
-
-class Gpu:
-    """The current CUDA device: graphs and events."""
-
-    dtype = torch.bfloat16
-    rounds = (5, 30)
-
-    def __init__(self) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self._properties = torch.cuda.get_device_properties(self.device)
-        self.cache_bytes: int = self._properties.L2_cache_size
-        self._stream = torch.cuda.Stream()
-        self._pool: Any = None
-
-    def describe(self) -> dict[str, Any]:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-        except (OSError, subprocess.CalledProcessError, IndexError):
-            driver = "unknown"
-        p = self._properties
-        return {
-            "name": p.name, "driver": driver, "memory_bytes": p.total_memory, "l2_bytes": self.cache_bytes,
-            "multiprocessors": p.multi_processor_count, "capability": [p.major, p.minor],
-        }  # fmt: skip
-
-    def free_bytes(self) -> int:
-        self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize()
-        gc.collect()
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0]
-
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        # On the stream that captures: workspaces belong to streams, and they are to be there before the capture.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            yield
-        torch.cuda.current_stream().wait_stream(self._stream)
-
-    def first(self, work: Callable[[], Tensor]) -> Tensor:
-        with self._aside():
-            out = work()
-        torch.cuda.synchronize()
-        return out
-
-    def capture(self, work: Callable[[], Tensor]) -> tuple[Work, Tensor | None]:
-        # The graphs of a shape share their memory, one being replayed at a time and its result of no further use: else
-        # what a side that expands its keys occupies would be lost to all others.
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:
-            with torch.cuda.graph(graph, stream=self._stream, pool=self._pool):
-                last = work()
-        except Exception as error:
-            # The end of a capture that failed raises an error of its own, and leaves its stream behind.
-            torch.cuda.set_stream(current)
-            self._pool = torch.cuda.graph_pool_handle()
-            if isinstance(error.__context__, Exception):
-                raise error.__context__ from None
-            raise
-        graph.replay()
-        torch.cuda.synchronize()
-        return graph.replay, last
-
-    def seconds(self, work: Work, times: int) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(1_000_000)  # cycles: until the host has launched what follows
-        start.record()
-        for _ in range(times):
-            work()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / times
-
-    def healthy(self) -> bool:
-        try:
-            torch.cuda.synchronize()
-            return bool(torch.ones(1, device=self.device).item() == 1)
-        except RuntimeError:
-            return False
-
-    def roof(self) -> dict[str, list[float]]:
-        return _roof(self, copied=4 << 30, side=8192, runs=4, samples=10)
-
-
-class DryRun:
-    """A CPU in the place of a GPU: to exercise the script; its times mean nothing."""
-
-    device = torch.device("cpu")
-    dtype = torch.float32
-    cache_bytes = 0
-    rounds = (3, 3)
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": "dry run on a CPU", "driver": "none", "l2_bytes": self.cache_bytes}
-
-    def free_bytes(self) -> int:
-        return 1 << 30
-
-    def first(self, work: Callable[[], Tensor]) -> Tensor:
-        return work()
-
-    def capture(self, work: Callable[[], Tensor]) -> tuple[Work, Tensor | None]:
-        return work, None
-
-    def seconds(self, work: Work, times: int) -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            work()
-        return (time.perf_counter() - start) / times
-
-    def healthy(self) -> bool:
-        return True
-
-    def roof(self) -> dict[str, list[float]]:
-        return _roof(self, copied=1 << 20, side=64, runs=1, samples=3)
-
-
-def _roof(machine: Machine, *, copied: int, side: int, runs: int, samples: int) -> dict[str, list[float]]:
-    """Samples of a large copy, bytes read and written, and of a matrix product, both of random data."""
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(*size, device=machine.device, dtype=machine.dtype)
-
-    source = random(copied // machine.dtype.itemsize)
-    target = torch.empty_like(source)
-    left, right = random(side, side), random(side, side)
-    product = torch.empty_like(left)
-
-    def copy() -> None:
-        target.copy_(source)
-
-    def multiply() -> None:
-        torch.mm(left, right, out=product)
-
-    found = {}
-    for name, work, amount in (("copy", copy, 2 * copied), ("matmul", multiply, 2 * side**3)):
-        for _ in range(3):
-            machine.seconds(work, runs)
-        found[name] = [amount / machine.seconds(work, runs) for _ in range(samples)]
-    return found
-
-
-class BrokenDeviceError(RuntimeError):
-    """A side has left the device unusable."""
-
-
-def first_line(error: BaseException) -> str:
-    """An error for a record; what is not kept of it are the frames that hold memory."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-
-
-class Ready:
-    """A side that passed its checks, and how it is timed."""
-
-    def __init__(self, run: Work, calls: int, seconds: float) -> None:
-        self.run, self.calls = run, calls
-        self.times = max(1, min(MOST_REPLAYS, math.ceil(LONG_ENOUGH / max(seconds, 1e-9))))
-        self.estimate = seconds * self.times + LONG_ENOUGH
 
 
 def _checked(problem: Problem, out: Tensor, wanted: dict[int, Tensor], tolerance: float) -> dict[str, Any]:
@@ -298,43 +94,16 @@ def make_ready(
         compute = prepared.compute
         if prepared.apart:
             record["apart"] = dict(prepared.apart)
-        record |= _checked(problem, machine.first(lambda: compute(*problem.sets[0])), wanted, tolerance)
-        if "status" in record:
-            return record, None
-        call = machine.seconds(lambda: compute(*problem.sets[0]), 1)
-        count = len(problem.sets)
-        passes = 1 if call > SLOW_CALL else math.ceil(MIN_CALLS / count)
-        order = [*range(1, count), 0] * passes  # the last one is the one that can be checked
-
-        def run() -> Tensor:
-            out = problem.sets[0][0]
-            for turn in order:
-                out = compute(*problem.sets[turn])
-            return out
-
-        replay: Work = run
-        record["graph"] = machine.device.type == "cuda"
-        try:
-            replay, last = machine.capture(run)
-        except Exception as error:
-            if not machine.healthy():
-                raise
-            record |= {"graph": False, "why": f"not captured, timed without a graph: {first_line(error)}"}
-        else:
-            if last is not None:
-                last.fill_(torch.nan)
-                replay()
-                again = _checked(problem, last, wanted, tolerance)
-                if "status" in again:
-                    return {**record, **again, "why": f"replayed: {again['why']}"}, None
-        machine.seconds(replay, 1)
-        seconds = machine.seconds(replay, 1)
+        found, ready = gpu_machine.make_ready(
+            machine, lambda turn: compute(*problem.sets[turn]), len(problem.sets),
+            lambda run, turns: _checked(problem, run(), wanted, tolerance),
+        )  # fmt: skip
     except Exception as error:
         why = first_line(error)
         if not machine.healthy():
             raise BrokenDeviceError(f"{problem.shape}; {side.name}: {why}") from None
         return {**record, "status": "failed", "why": why}, None
-    return {**record, "status": "timed", "calls": len(order)}, Ready(replay, len(order), seconds)
+    return {**record, **found}, ready
 
 
 class Schedule:
@@ -371,41 +140,9 @@ def time_shape(
             ready[side.name] = one
         if side.compiles:
             schedule.longest_compilation = max(schedule.longest_compilation, time.monotonic() - start)
-    names = list(ready)
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    least, most = machine.rounds
-    whole = sum(one.estimate for one in ready.values())
-    rounds = max(least, min(most, int((end - time.monotonic()) / whole))) if names else 0
-    for turn in range(rounds):
-        if turn >= least and time.monotonic() > end:
-            break
-        for place in range(len(names)):
-            name = names[(turn + place) % len(names)]
-            one = ready[name]
-            samples[name].append(machine.seconds(one.run, one.times) / one.calls)
-    for name in names:
-        records[name] |= {"replays": ready[name].times, "seconds": samples[name]}
+    for name, seconds in alternate(machine, ready, end).items():
+        records[name] |= {"replays": ready[name].times, "seconds": seconds}
     return records
-
-
-def versions() -> dict[str, str | None]:
-    """Of what figures depend on; None for what is not there."""
-
-    def of(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {
-        "torch": torch.__version__,
-        "CUDA": torch.version.cuda,
-        "Triton": of("triton"),
-        "flash-attn": of("flash-attn"),
-        "FlashInfer": of("flashinfer-python"),
-        "Python": platform.python_version(),
-        "lbr_kernels": lbr_kernels.__version__,
-    }
 
 
 def method(machine: Machine) -> str:
@@ -500,9 +237,9 @@ def troubles(data: dict[str, Any]) -> list[str]:
 
 
 def stem_of(data: dict[str, Any]) -> str:
-    """``<date>-<device>-attention``; a selection is named so, lest it take a whole run's place."""
+    """``<date>-<device>-<benchmark>``; a selection is named so, lest it take a whole run's place."""
     device = re.sub(r"[^a-z0-9]+", "-", data["device"]["name"].lower()).strip("-")
-    return f"{data['date']}-{device}-attention{'-quick' if data['quick'] else ''}"
+    return f"{data['date']}-{device}-{data['benchmark']}{'-quick' if data['quick'] else ''}"
 
 
 def write_json(data: dict[str, Any], directory: Path) -> Path:
@@ -512,56 +249,110 @@ def write_json(data: dict[str, Any], directory: Path) -> Path:
     return path
 
 
-@app.command()
-def attention(
-    out: Annotated[
-        Path | None, typer.Option(help="Where JSON, table and plot go; bench/results by default.", file_okay=False)
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A small selection of the shapes.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="No GPU: tiny shapes on the CPU; keeps nothing unless --out is given.")
-    ] = False,
-    minutes: Annotated[float, typer.Option(help="All that follows Python's start.", min=0.1)] = 7.5,
-) -> None:
-    """Measure ops.tree_attention against the other ways of computing it; ends with 1 if anything is wrong."""
+Out = Annotated[
+    Path | None, typer.Option(help="Where JSON, table and plot go; bench/results by default.", file_okay=False)
+]
+Quick = Annotated[bool, typer.Option("--quick", help="A small selection.")]
+Dry = Annotated[
+    bool, typer.Option("--dry-run", help="No GPU: tiny shapes on the CPU; keeps nothing unless --out is given.")
+]
+Minutes = Annotated[float, typer.Option(help="All that follows Python's start.", min=0.1)]
+
+
+def _machine(out: Path | None, dry_run: bool) -> Machine:
     if dry_run and out is not None and out.resolve() == RESULTS.resolve():
         raise typer.BadParameter("a dry run has no place in bench/results")
     if not dry_run and not torch.cuda.is_available():
         say("no GPU: torch.cuda.is_available() is False; --dry-run exercises the script on a CPU")
         raise typer.Exit(2)
-    started = time.monotonic()
-    machine: Machine = DryRun() if dry_run else Gpu()
-    # Every shape has a compiled variant of its own, and beyond the limit nothing would be compiled.
-    torch._dynamo.config.recompile_limit = 1000
-    sides, missing = sides_for(machine.device)
-    shapes = DRY if dry_run else QUICK if quick else SHAPES
+    return DryRun() if dry_run else Gpu()
+
+
+@contextlib.contextmanager
+def _directory(out: Path | None, dry_run: bool) -> Iterator[Path]:
+    """Where results go; a dry run's are gone afterwards, unless it was said where they are to be kept."""
     with tempfile.TemporaryDirectory() as scratch:
-        directory = out or (Path(scratch) if dry_run else RESULTS)
-        data = measure(
-            machine, shapes, sides, missing, 60 * minutes - (time.monotonic() - started), dry_run=dry_run, quick=quick,
-            keep=lambda known: write_json(known, directory),
-        )  # fmt: skip
-        path = write_json(data, directory)
-        run = gpu_report.Run.load(path)
-        text = gpu_report.tables(run)
-        path.with_suffix(".md").write_text(text)
-        gpu_report.draw(run, path.with_suffix(".svg"))
-        say(text)
-        if directory.resolve() == RESULTS.resolve():
-            write_page()
-        if not dry_run or out is not None:
-            say(f"{path}, table and plot beside it")
-    found = troubles(data)
+        yield out or (Path(scratch) if dry_run else RESULTS)
+
+
+def _finish(data: dict[str, Any], directory: Path, write: Callable[[Path], str], found: list[str], kept: bool) -> None:
+    """Write JSON, table and plot, show the table, and end with 1 if anything was found wrong."""
+    path = write_json(data, directory)
+    text = write(path)
+    path.with_suffix(".md").write_text(text)
+    say(text)
+    if directory.resolve() == RESULTS.resolve():
+        write_page()
+    if kept:
+        say(f"{path}, table and plot beside it")
     for line in found:
         say(line)
     if found:
         raise typer.Exit(1)
 
 
-def write_page() -> Path:
+@app.command()
+def attention(out: Out = None, quick: Quick = False, dry_run: Dry = False, minutes: Minutes = 7.5) -> None:
+    """Measure ops.tree_attention against the other ways of computing it; ends with 1 if anything is wrong."""
+    started = time.monotonic()
+    machine = _machine(out, dry_run)
+    # Every shape has a compiled variant of its own, and beyond the limit nothing would be compiled.
+    torch._dynamo.config.recompile_limit = 1000
+    sides, missing = sides_for(machine.device)
+    shapes = DRY if dry_run else QUICK if quick else SHAPES
+
+    def write(path: Path) -> str:
+        run = gpu_report.Run.load(path)
+        gpu_report.draw(run, path.with_suffix(".svg"))
+        return gpu_report.tables(run)
+
+    with _directory(out, dry_run) as directory:
+        data = measure(
+            machine, shapes, sides, missing, 60 * minutes - (time.monotonic() - started), dry_run=dry_run, quick=quick,
+            keep=lambda known: write_json(known, directory),
+        )  # fmt: skip
+        _finish(data, directory, write, troubles(data), not dry_run or out is not None)
+
+
+@app.command()
+def step(out: Out = None, quick: Quick = False, dry_run: Dry = False, minutes: Minutes = 9.0) -> None:
+    """Measure a decoding step's other ops, the engines and plain decoding; ends with 1 if anything is wrong."""
+    started = time.monotonic()
+    machine = _machine(out, dry_run)
+    scale = gpu_step.DRY if dry_run else gpu_step.FULL
+    data: dict[str, Any] = {
+        "benchmark": "step", "dry_run": dry_run, "quick": quick, "complete": False, "aborted": None,
+        "date": date.today().isoformat(), "device": machine.describe(), "versions": versions(),
+        "dtype": str(machine.dtype).removeprefix("torch."),
+    }  # fmt: skip
+
+    def write(path: Path) -> str:
+        run = gpu_step_report.StepRun.load(path)
+        gpu_step_report.draw(run, path.with_suffix(".svg"))
+        return gpu_step_report.tables(run)
+
+    with _directory(out, dry_run) as directory:
+        gpu_step.measure(
+            machine, gpu_step.quick(scale) if quick else scale, gpu_ops.cases(dry_run),
+            60 * minutes - (time.monotonic() - started), data, keep=lambda known: write_json(known, directory),
+        )  # fmt: skip
+        _finish(data, directory, write, gpu_step.troubles(data), not dry_run or out is not None)
+
+
+def page_text() -> str:
     """The results page, made from the runs in bench/results."""
+    parts = [
+        "# On GPUs",
+        f"Made by `{gpu_report.COMMAND} results` from the JSON files beside it.",
+        gpu_report.results_part(gpu_report.Run.kept(RESULTS)).rstrip(),
+        gpu_step_report.results_part(gpu_step_report.StepRun.kept(RESULTS)),
+    ]
+    return "\n\n".join(parts)
+
+
+def write_page() -> Path:
     page = RESULTS / PAGE
-    page.write_text(gpu_report.results_page(gpu_report.kept_runs(RESULTS)))
+    page.write_text(page_text())
     return page
 
 

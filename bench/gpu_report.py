@@ -12,11 +12,14 @@ import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from report import number, spread
 
 from lbr_kernels.ops._preferences import shape_class
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Entry = dict[str, Any]
 
@@ -25,7 +28,6 @@ SHARE_BARS = ((250 * MEGA, 80.0), (64 * MEGA, 55.0))
 """From so many bytes of cache per layer on, so many per cent of the roof."""
 TIME_BAR = (16 * MEGA, 10e-6)
 """Below so many bytes of cache per layer, at most so many seconds."""
-SUFFIX = "-attention.json"
 
 COMMAND = ".venv/bin/python bench/gpu.py"
 OTHERS = (
@@ -43,13 +45,21 @@ NOT_MEASURED = "not measured"
 class Run:
     """One run of the benchmark, as its JSON tells it."""
 
+    suffix = "-attention.json"
+
     def __init__(self, data: dict[str, Any], stem: str) -> None:
         self.data, self.stem = data, stem
         self.entries: list[Entry] = data["shapes"]
 
     @classmethod
-    def load(cls, path: Path) -> Run:
+    def load(cls, path: Path) -> Self:
         return cls(json.loads(path.read_text()), path.stem)
+
+    @classmethod
+    def kept(cls, directory: Path) -> list[Self]:
+        """The runs in a directory, the newest first; dry runs and selections are none."""
+        runs = [cls.load(path) for path in sorted(directory.glob(f"*{cls.suffix}"), reverse=True)]
+        return [run for run in runs if not run.data["dry_run"] and not run.data["quick"]]
 
     def rate(self, name: str) -> float:
         """``copy`` in bytes or ``matmul`` in operations per second; the larger of the readings."""
@@ -153,7 +163,7 @@ def preference_literal(run: Run) -> str:
     return "\n".join([f'SOURCE = "{run.stem}.json"', "TREE_ATTENTION = {", *lines, "}"])
 
 
-def _verdict(met: bool | None) -> str:
+def verdict(met: bool | None) -> str:
     return {True: "pass", False: "FAIL", None: ""}[met]
 
 
@@ -219,8 +229,8 @@ def tables(run: Run) -> str:
             number(1e6 * run.roof_seconds(entry)),
             "<br>".join(mine) or "",
             "" if share is None else number(share),
-            _verdict(meets_speed_bar(run, entry)),
-            _verdict(is_ahead(entry)),
+            verdict(meets_speed_bar(run, entry)),
+            verdict(is_ahead(entry)),
             "<br>".join(rest),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -299,22 +309,21 @@ def _figures(run: Run | None) -> list[tuple[str, str, str]]:
     return rows
 
 
-def results_page(runs: list[Run]) -> str:
-    """``bench/results/gpu.md``, made from the runs that are kept, the newest first."""
+def results_part(runs: list[Run]) -> str:
+    """The results page's part on tree attention, made from the runs that are kept, the newest first."""
     parts = [
-        "# tree_attention on GPUs",
-        f"Made by `bench/gpu.py results` from the `*{SUFFIX}` files beside it. bf16, head size 128, caches cold, all "
+        "## tree_attention",
+        f"From the `*{Run.suffix}` files. bf16, head size 128, caches cold, all "
         "sides in turns in CUDA graphs and checked first; ours is the faster of our backends. The bars are the "
         "project's goals.",
-        f"```console\n{COMMAND} attention   # measures every figure below, 8 minutes at most; --quick: a selection\n"
-        f"{COMMAND} results     # this page again\n```",
+        f"```console\n{COMMAND} attention   # measures every figure below; at most 8 minutes\n```",
     ]
     sections: list[Run | None] = [*runs] if runs else [None]
     for run in sections:
         if run is None:
             parts.append("No GPU has run this yet.")
         else:
-            parts.append(f"## {run.data['device']['name']}, {run.data['date']}")
+            parts.append(f"### {run.data['device']['name']}, {run.data['date']}")
             parts.append(describe(run))
         lines = ["| figure | bar | measured |", "|---|---|---|"]
         lines += [f"| {figure} | {bar} | {value.replace('|', '/')} |" for figure, bar, value in _figures(run)]
@@ -323,12 +332,6 @@ def results_page(runs: list[Run]) -> str:
             parts.append(f"![Against the roof]({run.stem}.svg)")
             parts.append(f"All shapes: [{run.stem}.md]({run.stem}.md), raw samples beside it.")
     return "\n\n".join(parts) + "\n"
-
-
-def kept_runs(directory: Path) -> list[Run]:
-    """The runs in a directory, the newest first; dry runs and selections are none."""
-    runs = [Run.load(path) for path in sorted(directory.glob(f"*{SUFFIX}"), reverse=True)]
-    return [run for run in runs if not run.data["dry_run"] and not run.data["quick"]]
 
 
 def draw(run: Run, path: Path) -> None:

@@ -19,9 +19,10 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -35,17 +36,55 @@ Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 KEPT = RESULTS / "gpu-resources.json"
 TILES = Path(__file__).parent / "tile_shapes.cpp"
-WARPS = 4
+UNIT_BYTES = {"Unit16": 16, "m": 8, "j": 4, "t": 2, "h": 1}
 ARCHITECTURES_ORDER = {f"sm_{arch}": arch for arch in ARCHITECTURES}
-TYPES = {"Half": "fp16", "BFloat16": "bf16"}
-KERNEL = re.compile(r"tree_attention_kernelINS0_\d+(Half|BFloat16)ELi(\d+)ELi(\d+)ELb([01])EE")
+TYPES = {"f": "fp32", "Half": "fp16", "BFloat16": "bf16"}
+
+
+class Kernel(NamedTuple):
+    """A kernel's instantiations: how their symbols look, what the table calls one, where its shared bytes are found.
+
+    ``label`` and ``shape`` are given the match; ``shape`` makes a key of :func:`shared_bytes`, None without any.
+    """
+
+    symbol: re.Pattern[str]
+    warps: int
+    label: Callable[[re.Match[str]], str]
+    shape: Callable[[re.Match[str]], tuple[str, ...] | None]
+
+
+def _tree_attention_label(found: re.Match[str]) -> str:
+    heads = f"d{found[2]}" if int(found[4]) else f"d<={found[2]}"
+    return f"tree_attention {TYPES[found[1]]} {heads} rows {found[3]}"
+
+
+KERNELS = (
+    Kernel(
+        re.compile(r"tree_attention_kernelINS0_\d+(Half|BFloat16)ELi(\d+)ELi(\d+)ELb([01])EE"),
+        4,
+        _tree_attention_label,
+        lambda found: ("tree_attention", found[2], found[3]),
+    ),
+    Kernel(
+        re.compile(r"sample_children_kernelI(?:NS0_\d+)?(f|Half|BFloat16)E"),
+        16,
+        lambda found: f"sample_children {TYPES[found[1]]}",
+        lambda found: ("sample_children",),
+    ),
+    Kernel(
+        re.compile(r"commit_kernelI(?:N\w*?)?(Unit16|[mjth])E"),
+        4,
+        lambda found: f"commit {UNIT_BYTES[found[1]]} bytes at a time",
+        lambda found: None,
+    ),
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 console = Console(width=150)
 
 
-def shared_bytes() -> dict[tuple[int, int], int]:
-    """By head class and rows of a tile, as csrc/cuda/tree_attention.h computes them."""
+def shared_bytes() -> dict[tuple[str, ...], int]:
+    """By kernel and what tells its shapes apart, as the headers in csrc/cuda compute them."""
     shim = Path(__file__).parent.parent / "tests" / "simt"
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "tiles")
@@ -53,7 +92,7 @@ def shared_bytes() -> dict[tuple[int, int], int]:
         compiler = os.environ.get("CXX", "c++")
         subprocess.run([compiler, "-std=c++17", "-DLBR_SIMT", *include, str(TILES), "-o", program], check=True)
         lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
-    return {(int(head), int(rows)): int(size) for head, rows, size in map(str.split, lines)}
+    return {tuple(shape): int(size) for *shape, size in map(str.split, lines)}
 
 
 def cuda_resources(architectures: list[int]) -> tuple[list[Record], dict[str, float]]:
@@ -77,21 +116,19 @@ def cuda_resources(architectures: list[int]) -> tuple[list[Record], dict[str, fl
         seconds[f"sm_{arch}"] = time.perf_counter() - start
         for report in reports:
             for entry in report.split("Compiling entry function")[1:]:
-                kernel = KERNEL.search(entry)
-                assert kernel is not None, entry
-                head, rows = int(kernel[2]), int(kernel[3])
-                heads = f"d{head}" if int(kernel[4]) else f"d<={head}"
+                kernel, found = next((k, found) for k in KERNELS if (found := k.symbol.search(entry)))
                 (registers,) = re.findall(r"Used (\d+) registers", entry)
                 spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", entry))
-                size = shared[head, rows]
+                shape = kernel.shape(found)
+                size = shared[shape] if shape else 0
                 records.append(
                     {
-                        "kernel": f"cuda tree_attention {TYPES[kernel[1]]} {heads} rows {rows}",
+                        "kernel": f"cuda {kernel.label(found)}",
                         "arch": f"sm_{arch}",
                         "registers": int(registers),
                         "spill_bytes": spilled,
                         "shared_bytes": size,
-                        "blocks_per_sm": ARCHITECTURES[arch].fits(int(registers), size, WARPS),
+                        "blocks_per_sm": ARCHITECTURES[arch].fits(int(registers), size, kernel.warps),
                     }
                 )
     return sorted(records, key=lambda r: (ARCHITECTURES_ORDER[r["arch"]], r["kernel"])), seconds

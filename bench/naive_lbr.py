@@ -42,9 +42,9 @@ class NaiveDecoder:
         logits, _ = self._forward(input_ids, cache)
         text = input_ids
         # Of every slot of the tree, in level order.
-        tokens = torch.zeros(num_slots(K, L), dtype=torch.int64)
-        hidden = torch.zeros((num_slots(K, L), self.router.config.hidden_size), dtype=logits.dtype)
-        paths = path_slots(K, L).flatten(0, 1)
+        tokens = input_ids.new_zeros(num_slots(K, L))
+        hidden = logits.new_zeros((num_slots(K, L), self.router.config.hidden_size))
+        paths = path_slots(K, L, input_ids.device).flatten(0, 1)
         for layer in range(1, L):
             logits = self._grow(layer, logits, cache, tokens, hidden)
         for _ in range(max_new_tokens):
@@ -64,7 +64,7 @@ class NaiveDecoder:
 
     def _grow(self, layer: int, logits: Tensor, cache: DynamicCache, tokens: Tensor, hidden: Tensor) -> Tensor:
         """K children for every row, each in a row of its own from now on."""
-        processed = self.warpers(torch.zeros((len(logits), 1), dtype=torch.int64), logits.float())
+        processed = self.warpers(tokens.new_zeros((len(logits), 1)), logits.float())
         if self.do_sample:
             drawn = torch.multinomial(processed.softmax(-1), self.width, replacement=True)
         else:

@@ -237,8 +237,9 @@ def _takes(op: str, kind: str, reasons: dict[str, str | None]) -> str:
         return "reference: no kernel runs"
     if len(runs) == 1:
         return f"{runs[0]}, the only kernel that runs"
-    source = _preferences.SOURCE
-    return f"{' or '.join(runs)}, by shape: {'not measured yet, cuda first' if source is None else source}"
+    source = _preferences.source(op)
+    by_shape = ", by shape" if op == "tree_attention" else ""
+    return f"{' or '.join(runs)}{by_shape}: {'not measured yet, cuda first' if source is None else source}"
 
 
 def _processor() -> str:

@@ -14,9 +14,10 @@ import re
 from collections.abc import Callable, Sequence
 
 import simt_backend
+import torch
 
 from lbr_kernels import ops
-from lbr_kernels.ops import _extension
+from lbr_kernels.ops import _extension, _flags
 
 _WAIT = r"(?:block_barrier|\w+\.barrier|copy_async_wait<.*>|copy_async_commit)\("
 SCHEDULES = 200
@@ -47,4 +48,5 @@ def first_failure(
                         return f"seed {seed}: {error}"
     finally:
         module.configure(seed=simt_backend.SEED)
+        _flags.word(torch.device("cpu")).zero_()
     return None

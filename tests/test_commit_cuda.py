@@ -72,6 +72,23 @@ def test_every_alignment(dtype, offset, dim):
     assert memory[-1] == beside[1]
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_every_stride_counts_for_the_alignment(axis):
+    """Rows of 16 bytes that lie 18 apart along one axis move 2 bytes at a time; UBSan sees it if they do not."""
+    shape = [2, 2, 12, 8]
+    strides, step = [0, 0, 0, 1], 8
+    for a in (2, 1, 0):
+        strides[a] = step + (a == axis)
+        step = strides[a] * shape[a]
+    memory = torch.arange(step + 16, dtype=torch.int16)
+    cache = memory.as_strided(shape, strides)
+    lens = torch.tensor([1, 4], dtype=torch.int32)
+    sources = torch.tensor([[1, 2, 3, 4, 5, 6], [0, 1, 2, 4, 6, 7]], dtype=torch.int32)
+    want, _ = expected([cache], lens, sources, [6, 6], [1, 1])
+    ops.commit_([cache], lens, sources, backend=simt_backend.NAME)
+    assert torch.equal(cache, want[0])
+
+
 @pytest.mark.parametrize("change", [
     {"num_moves": -1}, {"num_moves": 4}, {"num_moves": -(2**31)}, {"advance": -1}, {"advance": 4},
     {"lens": -1}, {"lens": 37}, {"lens": 2**31 - 1}, {"sources": [2, 2, 3]}, {"sources": [-1, 2, 3]},

@@ -10,7 +10,7 @@ from test_bad_input import attention, commit, product, routing, sample, top
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lbr_kernels import ops
-from lbr_kernels.ops import _flags, _preferences
+from lbr_kernels.ops import _flags, _preferences, _registry
 from lbr_kernels.ops._backends import BACKENDS
 from lbr_kernels.ops.tree_attention import gpu_backends
 
@@ -107,6 +107,22 @@ def test_preferences(monkeypatch, rows, head_size, known):
     monkeypatch.setitem(_preferences.TREE_ATTENTION, known, "triton")
     assert _preferences.tree_attention(rows, head_size) == ("triton", "cuda")
     assert _preferences.tree_attention(200 if rows <= 64 else 3, head_size) == ("cuda", "triton")
+
+
+def test_preferences_of_other_ops(monkeypatch):
+    """An op without a table by shape asks its own entry, on what is no CPU."""
+    asked = []
+
+    def default_backend(op, device, dtype, prefer):
+        asked.append((op, tuple(prefer)))
+        return "reference"
+
+    monkeypatch.setattr(_registry, "default_backend", default_backend)
+    logits = torch.zeros(1, 5, device="meta")
+    ops.top_children(logits, 2)
+    monkeypatch.setitem(_preferences.OPS, "top_children", "triton")
+    ops.top_children(logits, 2)
+    assert asked == [("top_children", ("cuda", "triton")), ("top_children", ("triton", "cuda"))]
 
 
 @pytest.mark.parametrize("make", [attention, sample, top, routing, product])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from support import BACKENDS, DTYPES, KERNELS
+from support import DTYPES, backends_of, device_of, to_device
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -17,6 +17,10 @@ from transformers import (
 )
 
 from lbr_kernels import ops
+
+BACKENDS = backends_of("sample_children")
+KERNELS = [param for param in BACKENDS if param.values[0] not in ("reference", "cpu")]
+SIMT = "cuda-simt"  # takes its time
 
 FILTERS = {
     "none": {},
@@ -38,12 +42,27 @@ def warped(logits: torch.Tensor, filters: dict) -> torch.Tensor:
     return chain(torch.zeros(len(logits), 0), logits.double()).log_softmax(-1)
 
 
+def on(backend: str, op, *args, **kwargs):
+    """The op's results, back on the CPU, from tensors where the backend takes them. Bad values raise as on a CPU."""
+    device = device_of(backend)
+    moved = {name: to_device(value, device) for name, value in kwargs.items()}
+    results = op(*(to_device(value, device) for value in args), **moved, backend=backend)
+    ops.raise_if_flagged(device)
+    return tuple(result.cpu() for result in results)
+
+
+def sample(backend, *args, **kwargs):
+    return on(backend, ops.sample_children, *args, **kwargs)
+
+
+def top(backend, *args, **kwargs):
+    return on(backend, ops.top_children, *args, **kwargs)
+
+
 def every_token(logits, filters, backend):
     """The filtered log-probabilities, asked for one token after the other through a fine grid of uniforms."""
     grid = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
-    tokens, log_probs = ops.sample_children(
-        logits, grid.expand(len(logits), -1).contiguous(), backend=backend, **filters
-    )
+    tokens, log_probs = sample(backend, logits, grid.expand(len(logits), -1).contiguous(), **filters)
     found = torch.full(logits.shape, -torch.inf, dtype=torch.float64)
     return found.scatter(1, tokens, log_probs.double())
 
@@ -86,12 +105,12 @@ def test_ties_at_the_edges(backend, filters, left):
 @pytest.mark.parametrize("name", FILTERS)
 def test_frequencies(backend, name):
     """Chi-square of independent draws against the filtered distribution; probability zero is never drawn."""
-    draws = 200_000 if backend != "reference" else 20_000
+    draws = 20_000 if backend in ("reference", SIMT) else 200_000
     logits = torch.randn(1, 50)
     logits[0, 7] = -torch.inf
     uniforms = torch.rand(draws // 100, 100, dtype=torch.float64)
     index = torch.zeros(len(uniforms), dtype=torch.int64)
-    tokens, _ = ops.sample_children(logits, uniforms, row_index=index, backend=backend, **FILTERS[name])
+    tokens, _ = sample(backend, logits, uniforms, row_index=index, **FILTERS[name])
     probability = warped(logits, FILTERS[name])[0].exp().numpy()
     counts = tokens.flatten().bincount(minlength=50).numpy()
     assert (counts[probability == 0] == 0).all()
@@ -124,23 +143,37 @@ def test_same_tokens_as_the_reference(backend, data):
     uniforms = torch.rand(R, K, dtype=torch.float64, generator=g)
     uniforms[0, 0] = draw(st.sampled_from([0.0, 1 - 2**-53, 0.5]))
     want = ops.sample_children(logits, uniforms, backend="reference", **filters)
-    got = ops.sample_children(logits, uniforms, backend=backend, **filters)
+    got = sample(backend, logits, uniforms, **filters)
     assert torch.equal(got[0], want[0])
     torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=1e-6)
     want = ops.top_children(logits, K, backend="reference", **filters)
-    got = ops.top_children(logits, K, backend=backend, **filters)
+    got = top(backend, logits, K, **filters)
     assert torch.equal(got[0], want[0])
     torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", [param for param in BACKENDS if param.values[0] != "reference"])
+def test_probability_zero_is_never_drawn(backend):
+    draws = 20_000 if backend == SIMT else 10_000_000
+    logits = torch.randn(1, 64)
+    logits[0, ::2] = -torch.inf
+    logits[0, 1::8] = -30  # its weight is zero, too
+    uniforms = torch.rand(1, draws, dtype=torch.float64)
+    uniforms[0, :2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    counts = sample(backend, logits, uniforms)[0].flatten().bincount(minlength=64)
+    assert (counts[logits[0] < -29] == 0).all()
+    assert (counts[logits[0] > -29] > 0).all()
+
+
 @pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("filters", [{}, {"top_k": 50, "top_p": 0.95}, {"top_p": 0.95}, {"min_p": 0.05}])
-def test_a_real_vocabulary(backend, filters):
-    """V = 151936: the sizes at which candidates are gathered in rounds."""
-    logits = torch.randn(2, 151_936) * 2.5
+def test_a_real_vocabulary(backend, filters, dtype):
+    """V = 151936: the sizes at which candidates are gathered in rounds, and at which several blocks share a row."""
+    logits = (torch.randn(2, 151_936) * 2.5).to(dtype)
     uniforms = torch.rand(2, 50, dtype=torch.float64)
     want = ops.sample_children(logits, uniforms, backend="reference", **filters)
-    got = ops.sample_children(logits, uniforms, backend=backend, **filters)
+    got = sample(backend, logits, uniforms, **filters)
     assert torch.equal(got[0], want[0])
     torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=1e-6)
 
@@ -152,11 +185,11 @@ def test_row_index(backend):
     logits[2] = torch.nan
     index = torch.tensor([3, 0, 0, 1])
     uniforms = torch.rand(4, 6, dtype=torch.float64)
-    tokens, log_probs = ops.sample_children(logits, uniforms, row_index=index, top_k=7, backend=backend)
-    want = ops.sample_children(logits[index], uniforms, top_k=7, backend=backend)
+    tokens, log_probs = sample(backend, logits, uniforms, row_index=index, top_k=7)
+    want = sample(backend, logits[index], uniforms, top_k=7)
     assert torch.equal(tokens, want[0])
     assert torch.equal(log_probs, want[1])
-    best, _ = ops.top_children(logits, 3, row_index=index, backend=backend)
+    best, _ = top(backend, logits, 3, row_index=index)
     assert torch.equal(best, logits[index].topk(3).indices)
 
 
@@ -168,8 +201,8 @@ def test_rows_without_children(backend):
     index = torch.tensor([-1, 2, -1, 1])
     uniforms = torch.rand(4, 6, dtype=torch.float64)
     for draw in (
-        lambda i, u: ops.sample_children(logits, u, row_index=i, top_k=7, backend=backend),
-        lambda i, u: ops.top_children(logits, 3, row_index=i, backend=backend),
+        lambda i, u: sample(backend, logits, u, row_index=i, top_k=7),
+        lambda i, u: top(backend, logits, 3, row_index=i),
     ):
         tokens, log_probs = draw(index, uniforms)
         want = draw(index[index >= 0], uniforms[index >= 0])
@@ -183,13 +216,13 @@ def test_rows_without_children(backend):
 def test_top_children(backend):
     """Distinct, most likely first, ties to the lowest id; missing ones are -1 with log-probability 0."""
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0, -torch.inf, 3.0], [5.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
-    tokens, log_probs = ops.top_children(logits, 5, backend=backend)
+    tokens, log_probs = top(backend, logits, 5)
     assert tokens.tolist() == [[1, 2, 5, 3, 0], [0, 1, 2, 3, 4]]
     torch.testing.assert_close(log_probs[0], logits[0].log_softmax(0)[tokens[0]])
-    tokens, log_probs = ops.top_children(logits, 4, min_p=0.05, backend=backend)
+    tokens, log_probs = top(backend, logits, 4, min_p=0.05)
     assert tokens.tolist() == [[1, 2, 5, 3], [0, -1, -1, -1]]
     assert log_probs[1].tolist() == [0, 0, 0, 0]
-    assert ops.top_children(logits[:, :2], 3, backend=backend)[0].tolist() == [[1, 0, -1], [0, 1, -1]]
+    assert top(backend, logits[:, :2], 3)[0].tolist() == [[1, 0, -1], [0, 1, -1]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -197,15 +230,15 @@ def test_extreme_uniforms(backend):
     """u = 0 is the first token with probability, u just below 1 the last; never one without."""
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]])
     uniforms = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
-    assert ops.sample_children(logits, uniforms, backend=backend)[0].tolist() == [[1, 2]]
+    assert sample(backend, logits, uniforms)[0].tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows(backend):
     """An empty index asks for no rows; it is not the same as none given."""
     logits, index = torch.randn(4, 9), torch.empty(0, dtype=torch.int64)
-    tokens, log_probs = ops.top_children(logits, 2, row_index=index, backend=backend)
+    tokens, log_probs = top(backend, logits, 2, row_index=index)
     assert tokens.shape == log_probs.shape == (0, 2)
     uniforms = torch.empty(0, 3, dtype=torch.float64)
-    tokens, log_probs = ops.sample_children(logits, uniforms, row_index=index, backend=backend)
+    tokens, log_probs = sample(backend, logits, uniforms, row_index=index)
     assert tokens.shape == log_probs.shape == (0, 3)

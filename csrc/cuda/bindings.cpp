@@ -18,9 +18,11 @@
 #include "../checks.h"
 #include "../commit.h"
 #include "../route.h"
+#include "../sample_children.h"
 #include "../tree_attention.h"
 #include "commit.h"
 #include "route.h"
+#include "sample_children.h"
 #include "tree_attention.h"
 #include "workspace.h"
 
@@ -154,12 +156,55 @@ std::tuple<Tensor, Tensor> route(const Tensor& hidden, const Tensor& weights, in
   return {log_probs, choice};
 }
 
+// Shared by sample_children (with uniforms) and top_children (with a width).
+std::tuple<Tensor, Tensor> draw_children(const Checker& check, const Tensor& logits, const OptionalTensor& uniforms,
+                                         int64_t width, double temperature, int64_t top_k, double top_p, double min_p,
+                                         const OptionalTensor& row_filters, const OptionalTensor& row_index) {
+  SampleChildrenParams p =
+      sample_children_params(check, logits, uniforms, width, temperature, top_k, top_p, min_p, row_filters, row_index);
+  const OnDeviceOf device(logits);
+  Tensor tokens = torch::stable::new_empty(logits, {p.rows, p.width}, ScalarType::Long);
+  Tensor log_probs = torch::stable::new_empty(logits, {p.rows, p.width}, ScalarType::Float);
+  p.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
+  p.log_probs = static_cast<float*>(log_probs.mutable_data_ptr());
+  p.status = nullptr;
+  if (p.rows == 0) return {tokens, log_probs};
+
+  const gpu::SampleChildrenPlan plan = gpu::plan_sample_children(p);
+  const gpu::Stream stream = current_stream(logits.get_device());
+  gpu::SampleChildrenWorkspace workspace{nullptr, nullptr, flags_of(logits)};
+  // Goes back to torch's allocator at the end, which gives it to nobody before this stream has done with it.
+  Tensor words;
+  if (plan.blocks > 1) {
+    words = torch::stable::new_empty(logits, {2 * int64_t(plan.groups) * plan.blocks * plan.words}, ScalarType::Long);
+    workspace.words = static_cast<unsigned long long*>(words.mutable_data_ptr());
+    workspace.counters = counters.take(logits.get_device(), stream, int64_t(plan.groups) * plan.counters);
+  }
+  gpu::sample_children(p, plan, workspace, stream);
+  return {tokens, log_probs};
+}
+
+std::tuple<Tensor, Tensor> sample_children(const Tensor& logits, const Tensor& uniforms, double temperature,
+                                           int64_t top_k, double top_p, double min_p, const OptionalTensor& row_filters,
+                                           const OptionalTensor& row_index, int64_t /*isa*/) {
+  return draw_children(Checker("sample_children", logits), logits, uniforms, 0, temperature, top_k, top_p, min_p,
+                       row_filters, row_index);
+}
+
+std::tuple<Tensor, Tensor> top_children(const Tensor& logits, int64_t width, double temperature, int64_t top_k,
+                                        double top_p, double min_p, const OptionalTensor& row_filters,
+                                        const OptionalTensor& row_index, int64_t /*isa*/) {
+  return draw_children(Checker("top_children", logits), logits, std::nullopt, width, temperature, top_k, top_p, min_p,
+                       row_filters, row_index);
+}
+
 // Makes `word`, int32 [1] which Python keeps, the flags of its device. Throws where the kernels cannot run there.
 void prepare(const Tensor& word) {
   const OnDeviceOf device(word);
   gpu::require_tree_attention();
   gpu::require_commit();
   gpu::require_route();
+  gpu::require_sample_children();
   const std::lock_guard<std::mutex> lock(flags_mutex);
   flags[word.get_device()] = static_cast<int*>(word.mutable_data_ptr());
 }
@@ -171,5 +216,7 @@ STABLE_TORCH_LIBRARY_IMPL(LBR_LIBRARY, LBR_KEY, m) {
   m.impl("tree_attention", TORCH_BOX(&lbr::tree_attention));
   m.impl("commit_", TORCH_BOX(&lbr::commit_));
   m.impl("route", TORCH_BOX(&lbr::route));
+  m.impl("sample_children", TORCH_BOX(&lbr::sample_children));
+  m.impl("top_children", TORCH_BOX(&lbr::top_children));
   m.impl("prepare", TORCH_BOX(&lbr::prepare));
 }

@@ -156,6 +156,12 @@ LBR_DEVICE Float4 poll(const Float4* p) {
 // Between one poll in vain and the next. A GPU runs the other warps anyway.
 LBR_DEVICE void pause() {}
 
+// 16 bytes of global memory, aligned, at once; nobody writes them during the launch.
+LBR_DEVICE Float4 load_constant(const Float4* p) {
+  const float4 loaded = __ldg(reinterpret_cast<const float4*>(p));
+  return {{loaded.x, loaded.y, loaded.z, loaded.w}};
+}
+
 // Starts a copy of 16 bytes from global to shared memory, both aligned to 16 bytes. Where not `valid`, nothing is read
 // and the 16 bytes become zero. The data are there for this thread after copy_async_wait, for others after a barrier
 // too.

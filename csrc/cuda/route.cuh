@@ -43,7 +43,6 @@ class RouteBlock {
     BlockGroup group(launch_.workspace.counters + group_, launch_.size);
     copy_weights();
     for (first_row_ = begin; first_row_ < end; first_row_ += launch_.rows) {
-      // All have done with the rows before, in the workspace and in shared memory.
       if (first_row_ > begin) {
         // All have done with the rows before, in the workspace and in shared memory.
         group.barrier();

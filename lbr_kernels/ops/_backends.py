@@ -22,7 +22,7 @@ from lbr_kernels.ops import _extension, _flags
 from lbr_kernels.ops._checks import FLOATING
 
 HALF = (torch.float16, torch.bfloat16)
-CUDA_OPS = ("commit_", "route", "tree_attention")
+CUDA_OPS = ("commit_", "route", "sample_children", "top_children", "tree_attention")
 TRITON_OPS = ("tree_attention",)
 OLDEST_GPU = (8, 0)
 

@@ -285,6 +285,7 @@ CUDA = Extension(
         "cuda/bindings.cpp",
         "cuda/commit.cu",
         "cuda/route.cu",
+        "cuda/sample_children.cu",
         "cuda/tree_attention.cu",
         "cuda/tree_attention_64.cu",
         "cuda/tree_attention_128.cu",

@@ -73,4 +73,9 @@ def raise_if_flagged(device: torch.device | str) -> None:
     bits = int(_words[device].item())
     if bits:
         _words[device].zero_()
-        raise RuntimeError("; ".join(text for bit, text in _MEANINGS.items() if bits & bit))
+        raise RuntimeError(in_words(bits))
+
+
+def in_words(bits: int) -> str:
+    """What the bits of a word say."""
+    return "; ".join(text for bit, text in _MEANINGS.items() if bits & bit)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbr_kernels.ops import _preferences
 from lbr_kernels.ops._backends import BACKENDS, unavailable
 
 LIBRARY = torch.library.Library("lbr_kernels", "DEF")
@@ -24,8 +25,6 @@ LIBRARY = torch.library.Library("lbr_kernels", "DEF")
 OPS: dict[str, Callable[..., Any]] = {}  # references
 SCHEMAS: dict[str, str] = {}  # "(arguments) -> result", without the op's last argument, isa
 FAKES: dict[str, Callable[..., Any]] = {}
-
-ON_GPUS = ("cuda", "triton")  # what is tried on a GPU, the best first
 
 LIBRARY.define("has_isa(int isa) -> bool")
 LIBRARY.define("prepare(Tensor(a!) word) -> ()")
@@ -77,7 +76,9 @@ def call(
         isinstance(value, Tensor) and value.requires_grad for value in (*args, *kw.values())
     )
     if backend is None:
-        order: Sequence[str] = ("cpu",) if lead.device.type == "cpu" else prefer() if prefer is not None else ON_GPUS
+        order: Sequence[str] = ("cpu",)
+        if lead.device.type != "cpu":
+            order = prefer() if prefer is not None else _preferences.of_op(op)
         backend = "reference" if differentiated else default_backend(op, lead.device, dtype, order)
     elif (reason := unavailable(backend, op, lead.device, dtype)) is not None:
         raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")

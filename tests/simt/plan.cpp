@@ -5,6 +5,7 @@
 #include <string>
 
 #include "route.h"
+#include "sample_children.h"
 #include "tree_attention.h"
 
 namespace lbr::gpu::simt {
@@ -30,6 +31,8 @@ void bind(pybind11::module_& m) {
       },
       pybind11::arg("batch"), pybind11::arg("width") = 3, pybind11::arg("depth") = 1,
       pybind11::arg("hidden_size") = 3584, pybind11::arg("dim") = 128, pybind11::arg("ffn_dim") = 512);
+  m.def("choose_blocks", &choose_blocks, pybind11::arg("rows"), pybind11::arg("vocabulary"), pybind11::arg("resident"),
+        pybind11::arg("most"));
   m.def("shared_bytes", [](int head, int rows) { return tile_shape(head, rows).shared_bytes(); });
 }
 

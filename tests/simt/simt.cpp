@@ -48,6 +48,8 @@ constexpr size_t kStackBytes = 128 * 1024;
 #endif
 // So many scheduling points in a row at which no thread came any further are a fault.
 constexpr long kPatience = 20'000'000;
+// Of the priorities that are drawn. Warps that have waited in vain get lower ones.
+constexpr uint64_t kLowest = uint64_t(1) << 63;
 
 // ---- Fibres: a stack of their own, and a switch ----
 
@@ -242,17 +244,17 @@ struct Launch {
   uint64_t until_change;
   uint64_t scheduling_odds;  // one in so many scheduling points changes a priority
   long without_progress = 0;
-  uint64_t last_priority = uint64_t(1) << 40;  // a random one is hardly ever as low
+  uint64_t last_priority = kLowest;  // of warps that have waited in vain
   bool faulty = false;
   char fault[512] = {};
 };
 
 std::mutex alone;
+std::vector<std::vector<unsigned>> counters;  // all that there are
 Configuration configured;
 uint64_t next_launch = 0;
 Launch* now = nullptr;
-std::vector<std::unique_ptr<Block>> pool;     // the blocks that may be alive
-std::vector<std::vector<unsigned>> counters;  // that launches have been given
+std::vector<std::unique_ptr<Block>> pool;  // the blocks that may be alive
 
 Fibre& self() { return *static_cast<Fibre*>(running); }
 
@@ -300,7 +302,7 @@ void stop(Fibre& fibre, const Waiting& waiting) {
 void redraw(Warp& warp) {
   uint32_t lanes = 0;
   for (int p = 0; p < kWarpSize; ++p) lanes |= (warp.runnable >> p & 1u) << warp.order[p];
-  warp.priority = now->random();
+  warp.priority = kLowest | now->random();
   now->random.shuffle(warp.order, kWarpSize);
   warp.runnable = 0;
   for (int p = 0; p < kWarpSize; ++p) {
@@ -522,16 +524,14 @@ void require(bool condition, const std::string& what) {
 
 void configure(const Configuration& configuration) {
   const std::lock_guard<std::mutex> lock(alone);
+  // A kernel without one of its barriers may leave anything in them.
+  if (configured.without != 0)
+    for (auto& some : counters) std::fill(some.begin(), some.end(), 0u);
   configured = configuration;
   next_launch = configuration.first_launch;
 }
 
 const Configuration& configuration() { return configured; }
-
-unsigned* allocate_counters(int64_t count) {
-  const std::lock_guard<std::mutex> lock(alone);
-  return counters.emplace_back(size_t(count)).data();
-}
 
 void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, bool cooperative, Site site) {
   const std::lock_guard<std::mutex> lock(alone);
@@ -633,6 +633,8 @@ void yield(Site site) {
   go_home(fibre);
 }
 
+void progress() { now->without_progress = 0; }
+
 void start_copy(void* shared, const void* global, int bytes, bool valid, Site site) {
   Fibre& fibre = self();
   const ptrdiff_t offset = static_cast<char*>(shared) - fibre.block->shared;
@@ -684,3 +686,13 @@ void check_row(const void* row, Site site) {
 }
 
 }  // namespace lbr::gpu::simt
+
+namespace lbr::gpu {
+
+unsigned* allocate_counters(int64_t count) {
+  const std::lock_guard<std::mutex> lock(simt::alone);
+  simt::counters.emplace_back(size_t(count));
+  return simt::counters.back().data();
+}
+
+}  // namespace lbr::gpu

@@ -92,9 +92,6 @@ void configure(const Configuration& configuration);
 const Configuration& configuration();
 void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, bool cooperative, Site site);
 
-// A launch that ends with a fault leaves counters as they were in the middle of it; then all are set to zero.
-unsigned* allocate_counters(int64_t count);
-
 // Both stop the thread until all others of its block or warp have come to the same place with the same detail. The lane
 // that arrives last carries out a warp's operation on its Exchange.
 void meet_block(Site site);
@@ -105,6 +102,9 @@ void scheduling_point(Site site);
 
 // All other warps that can go on come first here: else many that wait would keep one from what they wait for.
 void yield(Site site);
+
+// Something has happened that others may have been waiting for.
+void progress();
 
 void start_copy(void* shared, const void* global, int bytes, bool valid, Site site);
 void commit_copies();
@@ -255,6 +255,7 @@ constexpr uint32_t kAbsent = 0xffffffffu;
 inline void publish(float* p, float value, simt::Site site = simt::Site::here()) {
   simt::scheduling_point(site);
   *p = value;
+  simt::progress();
 }
 template <class T>
 T poll(const T* p, simt::Site site = simt::Site::here()) {
@@ -264,6 +265,7 @@ T poll(const T* p, simt::Site site = simt::Site::here()) {
   return *p;
 }
 inline void pause(simt::Site site = simt::Site::here()) { simt::yield(site); }
+inline Float4 load_constant(const Float4* p) { return *p; }
 
 inline void copy_async_16(void* shared, const void* global, bool valid, simt::Site site = simt::Site::here()) {
   simt::start_copy(shared, global, 16, valid, site);
@@ -338,7 +340,8 @@ inline Device current_device() { return simt::configuration().device; }
 template <class Params>
 void require_kernel(void (* /*kernel*/)(Params)) {}
 
-inline unsigned* allocate_counters(int64_t count) { return simt::allocate_counters(count); }
+// A launch that ends with a fault leaves counters as they were in the middle of it; then all are set to zero.
+unsigned* allocate_counters(int64_t count);
 
 inline bool is_capturing(Stream /*stream*/) { return false; }
 
