@@ -32,13 +32,18 @@ def waits(file: str) -> list[int]:
 
 
 def first_failure(
-    op: str, cases: Sequence[Callable[[], None]], *, multiprocessors: Sequence[int], without: int = 0
+    op: str,
+    cases: Sequence[Callable[[], None]],
+    *,
+    multiprocessors: Sequence[int],
+    without: int = 0,
+    schedules: int = SCHEDULES,
 ) -> str | None:
     """What goes wrong first in the cases of ``op``, on devices of each size; None if nothing does."""
     assert ops.backends("cpu")[op][simt_backend.NAME] is None
     module = simt_backend.MODULE[0]
     try:
-        for seed in range(SCHEDULES):
+        for seed in range(schedules):
             for case in cases:
                 for count in multiprocessors:
                     module.configure(seed=1000 * simt_backend.SEED + seed, multiprocessors=count, without=without)
