@@ -32,6 +32,10 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.bool: "*i1",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -99,21 +103,35 @@ def tree_attention_launch(
 
 def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     """The kernel specialised as a launch with these arguments specialises it."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def kind(value: Any, place: tuple[int, ...], annotation: str, *, constant: bool, specialised: bool) -> Any:
+        if constant or value is None or (specialised and type(value) is int and value == 1):
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, tuple):  # Triton specialises their elements always
+            return tuple(
+                kind(item, (*place, i), "", constant=False, specialised=True) for i, item in enumerate(value)
+            )
+        is_pointer = hasattr(value, "data_ptr")
+        if specialised and (is_pointer or (type(value) is int and value % 16 == 0)):
+            attributes[place] = [["tt.divisibility", 16]]
+        if is_pointer:
+            return POINTERS[value.dtype]
+        if annotation:
+            return annotation
+        return "fp32" if isinstance(value, float) else "i32" if -(2**31) <= value < 2**31 else "i64"
+
     for parameter in kernel.params:
-        name, value = parameter.name, arguments[parameter.name]
-        specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32" if -(2**31) <= value < 2**31 else "i64"
-        if specialised and (isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)):
-            attributes[parameter.num,] = [["tt.divisibility", 16]]
+        signature[parameter.name] = kind(
+            arguments[parameter.name],
+            (parameter.num,),
+            parameter.annotation_type,
+            constant=parameter.is_constexpr,
+            specialised=not parameter.do_not_specialize,
+        )
     return ASTSource(kernel, signature, constants, attributes)
 
 
