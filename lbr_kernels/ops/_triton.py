@@ -16,6 +16,8 @@ from lbr_kernels.ops import _flags, _registry
 from lbr_kernels.ops._triton_support import interpreting
 from lbr_kernels.ops.commit import check_arguments as check_commit
 from lbr_kernels.ops.commit_triton import commit_triton
+from lbr_kernels.ops.sample_children import check_sampling_arguments, check_top_arguments
+from lbr_kernels.ops.sample_children_triton import sample_children_triton, top_children_triton
 from lbr_kernels.ops.tree_attention import check_arguments as check_attention
 from lbr_kernels.ops.tree_attention_triton import tree_attention_triton
 
@@ -23,6 +25,8 @@ from lbr_kernels.ops.tree_attention_triton import tree_attention_triton
 KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
     "tree_attention": (tree_attention_triton, check_attention),
     "commit_": (commit_triton, check_commit),
+    "sample_children": (sample_children_triton, check_sampling_arguments),
+    "top_children": (top_children_triton, check_top_arguments),
 }
 
 

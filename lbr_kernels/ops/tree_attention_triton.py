@@ -609,6 +609,7 @@ def launch(
         for i, step in enumerate(("row", "head", axis)):
             arguments[f"{name}_{step}_stride"] = stride(tensor, i)
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "maxnreg": blocks.registers}
+    options["enable_fp_fusion"] = True  # later versions of Triton may no longer do so unasked
     return Launch(tree_attention_kernel, all_tiles * splits, arguments, options)
 
 
