@@ -23,7 +23,7 @@ from lbr_kernels.ops._checks import FLOATING
 
 HALF = (torch.float16, torch.bfloat16)
 CUDA_OPS = ("tree_attention",)
-TRITON_OPS = ("tree_attention", "commit_", "sample_children", "top_children")
+TRITON_OPS = ("tree_attention", "commit_", "sample_children", "top_children", "route")
 OLDEST_GPU = (8, 0)
 
 

@@ -16,6 +16,8 @@ from lbr_kernels.ops import _flags, _registry
 from lbr_kernels.ops._triton_support import interpreting
 from lbr_kernels.ops.commit import check_arguments as check_commit
 from lbr_kernels.ops.commit_triton import commit_triton
+from lbr_kernels.ops.route import check_arguments as check_route
+from lbr_kernels.ops.route_triton import route_triton
 from lbr_kernels.ops.sample_children import check_sampling_arguments, check_top_arguments
 from lbr_kernels.ops.sample_children_triton import sample_children_triton, top_children_triton
 from lbr_kernels.ops.tree_attention import check_arguments as check_attention
@@ -27,6 +29,7 @@ KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
     "commit_": (commit_triton, check_commit),
     "sample_children": (sample_children_triton, check_sampling_arguments),
     "top_children": (top_children_triton, check_top_arguments),
+    "route": (route_triton, check_route),
 }
 
 
