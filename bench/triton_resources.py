@@ -119,9 +119,7 @@ def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
             constants[place] = value
             return "constexpr"
         if isinstance(value, tuple):  # Triton specialises their elements always
-            return tuple(
-                kind(item, (*place, i), "", constant=False, specialised=True) for i, item in enumerate(value)
-            )
+            return tuple(kind(item, (*place, i), "", constant=False, specialised=True) for i, item in enumerate(value))
         is_pointer = hasattr(value, "data_ptr")
         if specialised and (is_pointer or (type(value) is int and value % 16 == 0)):
             attributes[place] = [["tt.divisibility", 16]]
@@ -205,9 +203,7 @@ KERNELS: dict[str, Callable[[], Launch]] = {
         for d in (64, 128, 256)
         for rows in (16, 32, 64)
     },
-    "tree_attention bfloat16 d192/128 rows 16": partial(
-        tree_attention_launch, 16, 192, torch.bfloat16, value_size=128
-    ),
+    "tree_attention bfloat16 d192/128 rows 16": partial(tree_attention_launch, 16, 192, torch.bfloat16, value_size=128),
     **{
         f"tree_attention float32 d{d} rows 16": partial(tree_attention_launch, 16, d, torch.float32)
         for d in (64, 128, 256)

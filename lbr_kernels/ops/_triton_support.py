@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# ruff: noqa: ANN001, ANN201 -- a kernel's arguments are pointers and numbers; the launch says which
+# ruff: noqa: ANN001, ANN202 -- a kernel's arguments are pointers and numbers; the launch says which
 """What the Triton kernels share: who of several programs comes last, launches, and counters that stay at zero.
 
 Contract

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# ruff: noqa: ANN001, ANN201, ANN202 -- a kernel's arguments are pointers and numbers; the launch says which
+# ruff: noqa: ANN001, ANN201 -- a kernel's arguments are pointers and numbers; the launch says which
 """commit_ in Triton: one launch moves the survivors of all caches, in place, and advances the lengths.
 
 Contract
@@ -245,4 +245,4 @@ def launch(
         "UNIT": unit,
         "ALIGNED": max(grain // unit, 1),
     }
-    return Launch(commit_kernel, B * columns, arguments, {"num_warps": 1})
+    return Launch(commit_kernel, B * columns, arguments, {"num_warps": 1, "enable_fp_fusion": True})

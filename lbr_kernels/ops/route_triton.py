@@ -208,7 +208,7 @@ def _set_attention(
         top = tl.full([ROWS, HEADS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS, HEADS], tl.float32)
         sums = tl.zeros([ROWS, HEADS, HEAD_DIM], tl.float32)
-        for j in range(0, group):
+        for j in range(group):
             other = row // group * group + j
             seen = there & (tl.load(exists + other, mask=there, other=0) != 0)
             top, total, sums = _attend_to(
@@ -370,13 +370,15 @@ def route_kernel(
     part = tl.program_id(0) % parts
     k = tl.arange(0, WIDTH)
     log_probs += b.to(tl.int64) * width
+    decides = width > 0
     if active is not None:
-        if tl.load(active + b) == 0:
-            if part == 0:
-                uniform = -tl.log(tl.zeros([WIDTH], tl.float64) + width)
-                tl.store(log_probs + k, uniform.to(tl.float32), mask=k < width)
-                tl.store(choices + b, tl.full([], -1, tl.int64))
-            return
+        decides = tl.load(active + b) != 0
+    if not decides:
+        if part == 0:
+            same = -tl.log(tl.zeros([WIDTH], tl.float64) + width)
+            tl.store(log_probs + k, same.to(tl.float32), mask=k < width)
+            tl.store(choices + b, tl.full([], -1, tl.int64))
+        return
     if valid is not None:
         valid += b.to(tl.int64) * nodes
 
@@ -413,7 +415,7 @@ def route_kernel(
         on = there
         layer_begin = width * 0
         layer_size = width
-        for layer in range(0, depth):
+        for layer in range(depth):
             step = path // (paths // layer_size)
             on = on & (_exists(valid, layer_begin + step, there) | ((path * 0 + layer > 0) & (step % width == 0)))
             layer_begin += layer_size
@@ -444,7 +446,7 @@ def route_kernel(
         )  # fmt: skip
         layer_begin = width * 0
         layer_size = width
-        for _ in range(0, depth):
+        for _ in range(depth):
             node = layer_begin + path // (paths // layer_size)
             top, total, sums = _attend_to(
                 cls_query, projected + dim, projected + 2 * dim, node, _exists(valid, node, there), 3 * dim, scale,
@@ -477,7 +479,7 @@ def route_kernel(
         pool_top = tl.full([ROWS, 1], float("-inf"), tl.float32)
         pool_total = tl.zeros([ROWS, 1], tl.float32)
         pooled = tl.zeros([ROWS, 1, DIM], tl.float32)
-        for j in range(0, per_candidate):
+        for j in range(per_candidate):
             path = row * per_candidate + j
             seen = there & (tl.load(exists + path, mask=there, other=0) != 0)
             pool_top, pool_total, pooled = _attend_to(
@@ -646,7 +648,16 @@ def launch(
         "HEAD_DIM": triton.next_power_of_2(dim // num_heads),
         "INPUTS": INPUTS,
     }
-    for name in ("input_norm", "in_proj", "depth_embed", "cls", "path_encoder", "subtree_attention", "pool_query", "score"):
+    for name in (
+        "input_norm",
+        "in_proj",
+        "depth_embed",
+        "cls",
+        "path_encoder",
+        "subtree_attention",
+        "pool_query",
+        "score",
+    ):
         arguments[name] = begins.get(name, 0)
     # Neither pipelines nor more warps on a multiprocessor: both are paid with spilled registers.
     options = {"num_warps": 8, "num_stages": 1, "maxnreg": 248, "enable_fp_fusion": True}

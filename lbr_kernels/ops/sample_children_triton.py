@@ -17,8 +17,8 @@ A logit's ``key`` is an int32 that orders like it, and equal logits have equal k
 1. The largest logit; NaN and +inf are found on the way.
 2. Where top-k or top-p are on: how many tokens, and how much weight, lie within a few distances of the largest. What is
    near enough to hold all that the filters can leave is listed, in order of ids: mostly some hundred tokens. On the
-   list a bisection over keys finds the last one that a filter keeps; of equal logits at the edge of the nucleus it keeps
-   those with the larger ids. In the worst case, logits that are nearly all equal, the list is the vocabulary.
+   list a bisection over keys finds the last one that a filter keeps; of equal logits at the edge of the nucleus those
+   with the larger ids are kept. In the worst case, logits that are nearly all equal, the list is the vocabulary.
 3. Weights are summed per block, of the list or else of the vocabulary; a draw finds its block among those sums, and its
    token in the block. The most likely tokens are found one after the other.
 """
@@ -123,10 +123,7 @@ def _last_key(keys, weights, count, low, high, limit, OF_MASS: tl.constexpr, BLO
     while low < high:
         middle = (low + high) >> 1
         tokens, mass = _listed_above(keys, weights, count, middle.to(tl.int32), BLOCK)
-        if OF_MASS:
-            fits = mass.to(tl.float64) < limit
-        else:
-            fits = tokens < limit
+        fits = mass.to(tl.float64) < limit if OF_MASS else tokens < limit
         low = tl.where(fits, low, middle + 1)
         high = tl.where(fits, middle, high)
     return low.to(tl.int32)
@@ -330,7 +327,7 @@ def sample_children_kernel(
 
     block = tl.arange(0, BLOCKS)
     sums = tl.zeros([BLOCKS], tl.int64)
-    for i in range(0, (count + BLOCK - 1) // BLOCK):
+    for i in range((count + BLOCK - 1) // BLOCK):
         _, weight = _block_of(
             logits, keys, weights, i * BLOCK, count, peak, temperature, cut, first_tie, least, LISTED, BLOCK
         )
@@ -340,7 +337,7 @@ def sample_children_kernel(
 
     if uniforms is not None:
         ends = tl.cumsum(sums, 0)
-        for k in range(0, K):
+        for k in range(K):
             target = (tl.load(uniforms + k) * total.to(tl.float64)).to(tl.int64)
             target = tl.minimum(target, total - 1)
             i = tl.sum((ends <= target).to(tl.int32), 0)
@@ -358,9 +355,9 @@ def sample_children_kernel(
     else:
         # Keys and places in one number each, the next one always below the last; of equal keys the first place wins.
         last = total * 0 + _LARGEST_PAIR
-        for k in range(0, K):
+        for k in range(K):
             best = tl.full([BLOCK], _LOWEST_PAIR, tl.int64)
-            for i in range(0, (count + BLOCK - 1) // BLOCK):
+            for i in range((count + BLOCK - 1) // BLOCK):
                 key, weight = _block_of(
                     logits, keys, weights, i * BLOCK, count, peak, temperature, cut, first_tie, least, LISTED, BLOCK
                 )
@@ -394,9 +391,7 @@ def sample_children_triton(
     Args:
         flag: int32 ``[1]``; 8 is or-ed into it for a bad row of logits, 16 for a bad uniform, filter or index.
     """
-    return _run(
-        logits, uniforms, uniforms.shape[1], (temperature, top_k, top_p, min_p), row_filters, row_index, flag
-    )
+    return _run(logits, uniforms, uniforms.shape[1], (temperature, top_k, top_p, min_p), row_filters, row_index, flag)
 
 
 def top_children_triton(
