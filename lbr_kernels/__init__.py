@@ -5,9 +5,11 @@
 
 from lbr_kernels.decoding.adapter import ModelReport, UnsupportedModelError, check_model
 from lbr_kernels.decoding.config import LBRConfig
+from lbr_kernels.decoding.engine import release
 from lbr_kernels.decoding.generate import LBRGenerateOutput, generate
 from lbr_kernels.decoding.loop import DecodingStats, StepView
 from lbr_kernels.decoding.trajectory import DecodingSettings, TreeTrajectory
+from lbr_kernels.decoding.warmup import WarmUp, warmup
 from lbr_kernels.router import Router, RouterConfig
 
 __version__ = "0.1.0"
@@ -23,6 +25,9 @@ __all__ = [
     "StepView",
     "TreeTrajectory",
     "UnsupportedModelError",
+    "WarmUp",
     "check_model",
     "generate",
+    "release",
+    "warmup",
 ]

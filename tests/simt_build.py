@@ -25,8 +25,9 @@ from lbr_kernels.ops import _extension
 
 SIMT = Path(__file__).resolve().parent / "simt"
 _CUDA = _extension.source_dir() / "cuda"
-# No strict aliasing: kernels read registers and shared memory as what they need, which nvcc lets them do.
-_FLAGS = ("-std=c++17", "-DLBR_SIMT", "-fvisibility=hidden", "-fno-strict-aliasing")
+# No strict aliasing: kernels read registers and shared memory as what they need, which nvcc lets them do. No
+# contraction: primitives that must not be fused are plain operators here.
+_FLAGS = ("-std=c++17", "-DLBR_SIMT", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off")
 
 
 def sanitized() -> bool:

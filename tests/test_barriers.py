@@ -1,28 +1,20 @@
-"""Every barrier of the CUDA kernels is needed: without one of them a result is wrong or a fault is reported.
+"""Every barrier of tree_attention's CUDA kernel is needed: without one a result is wrong or a fault is reported.
 
-For each line in csrc/cuda where threads wait for each other or for data, the SIMT shim leaves out that line, and
-problems which the whole kernel passes have to fail. Fences, which order memory between blocks, are beyond the shim.
+Problems that the whole kernel passes have to fail without any one line where threads wait (tests/barriers.py).
 """
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import simt_backend
 import torch
+from barriers import first_failure, waits
 from support import assert_within_budget
 from test_tree_attention import problem
 
 from lbr_kernels import ops
-from lbr_kernels.ops import _extension
 
-KERNEL = _extension.source_dir() / "cuda" / "tree_attention.cuh"
-WAITS = re.compile(r"^ *(block_barrier|copy_async_wait<.*>|copy_async_commit)\(\);")
-SOURCE = KERNEL.read_text()
-LINES = [number for number, line in enumerate(SOURCE.splitlines(), 1) if WAITS.match(line)]
-assert len(LINES) == len(re.findall(r"(?:block_barrier|copy_async_wait<.*>|copy_async_commit)\(", SOURCE)) > 0
-SCHEDULES = 200
+MULTIPROCESSORS = (1, 20)  # one part and many
 
 
 @pytest.fixture(scope="module")
@@ -34,37 +26,21 @@ def cases():
             p = problem(B=2, Hk=1, D=64, Dv=64, longest=420, dtype=torch.float16, **shape)
             wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in p.items()}
             want, plain = ops.tree_attention_ref(**wide, **extras)[0], ops.tree_attention_ref(**p, **extras)[0]
-            made.append((p, extras, want, plain))
+
+            def case(p=p, extras=extras, want=want, plain=plain):
+                out = ops.tree_attention(**p, **extras, backend=simt_backend.NAME)
+                assert_within_budget(out, want, plain, roundings=8)
+
+            made.append(case)
     return made
 
 
-def first_failure(cases, seeds: int, without: int = 0) -> str | None:
-    """What goes wrong first, in one and in many parts, over schedules."""
-    assert ops.backends("cpu")["tree_attention"][simt_backend.NAME] is None
-    module = simt_backend.MODULE[0]
-    try:
-        for seed in range(seeds):
-            for p, extras, want, plain in cases:
-                for multiprocessors in (1, 20):
-                    module.configure(
-                        seed=1000 * simt_backend.SEED + seed, multiprocessors=multiprocessors, without=without
-                    )
-                    try:
-                        out = ops.tree_attention(**p, **extras, backend=simt_backend.NAME)
-                        assert_within_budget(out, want, plain, roundings=8)
-                    except (AssertionError, RuntimeError) as error:
-                        return f"seed {seed}: {error}"
-    finally:
-        module.configure(seed=simt_backend.SEED)
-    return None
-
-
 def test_the_kernel_as_it_is(cases):
-    assert first_failure(cases, SCHEDULES) is None
+    assert first_failure("tree_attention", cases, multiprocessors=MULTIPROCESSORS) is None
 
 
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("line", waits("tree_attention.cuh"))
 def test_without(line, cases):
-    failure = first_failure(cases, SCHEDULES, without=line)
+    failure = first_failure("tree_attention", cases, multiprocessors=MULTIPROCESSORS, without=line)
     print(failure)
     assert failure is not None

@@ -75,7 +75,8 @@ def test_nodes_go_behind_the_prefix_and_growth_keeps_everything(lengths, monkeyp
             for row in range(2):
                 mirror[index][row] = torch.cat([mirror[index][row], nodes[row, :, step % 2][:, None]], dim=1)
         sources = torch.tensor([[step % 2], [step % 2]], dtype=torch.int32)
-        tree.commit(sources, None, all_rows=True, backend=None)
+        tree.commit(sources, None, backend=None)
+        tree.committed(all_rows=True)
         capacities.add(tree.groups[0].capacity)
     assert len(capacities) > 2
     assert max(capacities) <= 6 + 30 + 2
@@ -88,7 +89,8 @@ def test_rows_that_stay_behind():
     tree = TreeCache.from_prefill(prefilled([4, 4]), torch.tensor([4, 4]), repeats=1, tree_nodes=2, max_new_tokens=5)
     assert tree.groups[0].uniform
     moves = torch.tensor([1, 0], dtype=torch.int32)
-    tree.commit(torch.zeros(2, 1, dtype=torch.int32), moves, all_rows=False, backend=None)
+    tree.commit(torch.zeros(2, 1, dtype=torch.int32), moves, backend=None)
+    tree.committed(all_rows=False)
     assert tree.groups[0].prefix_lens.tolist() == [5, 4]
     assert not tree.groups[0].uniform
 

@@ -6,11 +6,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import BACKENDS
+from support import backends_of, device_of, to_device
 from torch import Tensor
 
 from lbr_kernels import ops
 from lbr_kernels.decoding.tree import LookaheadTree
+
+BACKENDS = backends_of("commit_")
+
+
+def commit_(caches: list[Tensor], lens: Tensor, *args: object, backend: str, **kwargs: object) -> None:
+    """``ops.commit_`` of tensors on the CPU, wherever the backend runs."""
+    device = device_of(backend)
+    there = [to_device(cache, device) for cache in caches]
+    lens_there = to_device(lens, device)
+    ops.commit_(
+        there, lens_there, *(to_device(a, device) for a in args), backend=backend,
+        **{name: to_device(value, device) for name, value in kwargs.items()},
+    )  # fmt: skip
+    for cache, moved in zip([*caches, lens], [*there, lens_there], strict=True):
+        cache.copy_(moved)
 
 
 def expected(caches: list[Tensor], lens: Tensor, sources: Tensor, moves: list[int], steps: list[int]):
@@ -49,7 +64,7 @@ def test_any_ascending_move(backend, data):
     steps = [draw(st.integers(0, count)) for count in moves]
     caches = random_caches([(1, 16), (3, 8), (2, 24), (4, 5)], B, longest + T, g)
     want, want_lens = expected(caches, lens, sources, moves, steps)
-    ops.commit_(
+    commit_(
         caches, lens, sources, advance=torch.tensor(steps, dtype=torch.int32),
         num_moves=torch.tensor(moves, dtype=torch.int32), backend=backend,
     )  # fmt: skip
@@ -75,7 +90,7 @@ def test_survivors_of_every_choice(backend, width, depth, trie):
         want = sorted(slot for slot in set(want) if slot < tree.num_slots)
         lens = torch.tensor([10], dtype=torch.int32)
         sources, num_moves = tree.commit(torch.tensor([choice]), all_active=True)
-        ops.commit_([names], lens, sources, num_moves=num_moves, backend=backend)
+        commit_([names], lens, sources, num_moves=num_moves, backend=backend)
         assert names[0, 0, 10 : 10 + len(want), 0].tolist() == want
         assert lens.tolist() == [11]
 
@@ -90,7 +105,7 @@ def test_views_of_one_arena(backend):
     sources = torch.tensor([[1, 2, 5], [0, 3, 4]], dtype=torch.int32)
     want, want_lens = expected(views, lens, sources, [3, 3], [1, 1])
     untouched = arena[:, 5].clone()
-    ops.commit_(views, lens, sources, backend=backend)
+    commit_(views, lens, sources, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(views, want, strict=True))
     assert torch.equal(lens, want_lens)
     assert torch.equal(arena[:, 5], untouched)
@@ -101,9 +116,9 @@ def test_nothing_to_do(backend):
     lens = torch.tensor([4, 4], dtype=torch.int32)
     cache = torch.randn(2, 1, 8, 4)
     before = cache.clone()
-    ops.commit_([cache], lens, torch.zeros(2, 0, dtype=torch.int32), backend=backend)
+    commit_([cache], lens, torch.zeros(2, 0, dtype=torch.int32), backend=backend)
     stay = torch.zeros(2, dtype=torch.int32)
-    ops.commit_([cache], lens, torch.full((2, 3), -7, dtype=torch.int32), num_moves=stay, backend=backend)
-    ops.commit_([], lens, torch.tensor([[0], [0]], dtype=torch.int32), backend=backend)
+    commit_([cache], lens, torch.full((2, 3), -7, dtype=torch.int32), num_moves=stay, backend=backend)
+    commit_([], lens, torch.tensor([[0], [0]], dtype=torch.int32), backend=backend)
     assert torch.equal(cache, before)
     assert lens.tolist() == [5, 5]

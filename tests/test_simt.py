@@ -150,6 +150,17 @@ def test_shuffle_by_a_mask_that_names_no_lane(simt):
         run(simt, "shuffle", torch.zeros(32), torch.zeros(32), numbers=(32,))
 
 
+@pytest.mark.parametrize("delta", [0, 1, 5, 31])
+def test_shuffle_up_and_ballot(simt, delta):
+    x, up, votes = torch.randint(99, (64,), dtype=torch.int32), *torch.zeros(2, 64, dtype=torch.int32)
+    run(simt, "shuffle_up_and_ballot", x, up, votes, numbers=(delta,), threads=64)
+    lane = torch.arange(64)
+    assert torch.equal(up, x[torch.where(lane % 32 >= delta, lane - delta, lane)])
+    for warp in (0, 1):
+        odd = sum(1 << i for i, value in enumerate(x[32 * warp : 32 * warp + 32].tolist()) if value % 2)
+        assert {vote % 2**32 for vote in votes[32 * warp : 32 * warp + 32].tolist()} == {odd}
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_load_matrices(simt, transposed):
     rows = np.random.default_rng(0).permutation(64)[:32]
@@ -323,6 +334,66 @@ def test_atomics_count_right_and_what_is_not_atomic_counts_wrong(simt):
         lost.append(64 - counted(simt)[1])
     assert max(lost) > 0
     assert min(lost) == 0  # where one block is alive at a time
+
+
+def test_functions_and_fp64(simt):
+    x = torch.randn(32)
+    out = torch.empty(6, 32, dtype=torch.float64)
+    run(simt, "functions", x, out)
+    wide = x.double()
+    third = wide / 3
+    for got, want in zip(out, (x.erf(), x.abs(), wide.exp(), wide.square().log()), strict=False):
+        torch.testing.assert_close(got, want.double(), rtol=3e-7, atol=0)
+    assert torch.equal(out[4], third * third - 1)
+    assert torch.equal(out[5], third * third + 1)
+
+
+def test_sums_and_maxima_of_all_threads(simt):
+    total, largest = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    run(simt, "sum_and_maximum", total, largest, grid=(3, 1, 1), threads=64)
+    assert total.item() == 192 * 2**40 + sum(1000 * block + thread for block in range(3) for thread in range(64))
+    assert largest.item() == 2063
+
+
+# ---- Blocks that wait for each other ----
+
+
+def meet(simt: ModuleType, blocks: int, counted: int) -> bool:
+    """Whether every block has read in each round what its neighbour wrote in that round."""
+    counter, wrote, read = (torch.zeros(shape, dtype=torch.int32) for shape in (1, (4, blocks), (4, blocks)))
+    run(simt, "meet", counter, wrote, read, numbers=(4, blocks, counted), grid=(blocks, 1, 1), threads=64)
+    assert counter.item() == 0 or counted != blocks
+    return torch.equal(read, wrote)
+
+
+def test_a_group_of_blocks_meets(simt):
+    for seed in SEEDS:
+        simt.configure(seed=seed, multiprocessors=5)
+        assert meet(simt, 5, 5)
+        assert meet(simt, 1, 1)
+
+
+def test_a_group_that_counts_too_few_does_not(simt):
+    """Somebody reads too early; or its counter begins anew too early, and somebody waits for ever."""
+    failed = []
+    for seed in SEEDS:
+        simt.configure(seed=seed, multiprocessors=5)
+        try:
+            failed.append(not meet(simt, 5, 4))
+        except RuntimeError as error:
+            failed.append("no progress" in str(error))
+    assert any(failed)
+
+
+def test_more_blocks_than_the_device_holds_are_refused(simt):
+    simt.configure(multiprocessors=4)
+    with pytest.raises(RuntimeError, match="5 blocks that run side by side; this device holds 4"):
+        meet(simt, 5, 5)
+
+
+def test_a_group_that_counts_too_many_waits_for_ever(simt):
+    with pytest.raises(RuntimeError, match=r"no progress.*block_group\.cuh"):
+        meet(simt, 3, 4)
 
 
 def test_one_seed_gives_one_order_and_another_seed_another(simt):

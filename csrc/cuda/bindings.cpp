@@ -13,9 +13,12 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "../checks.h"
+#include "../commit.h"
 #include "../tree_attention.h"
+#include "commit.h"
 #include "tree_attention.h"
 #include "workspace.h"
 
@@ -107,10 +110,24 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
   return {out, lse};
 }
 
+void commit_(const std::vector<Tensor>& caches, const Tensor& prefix_lens, const Tensor& sources,
+             const OptionalTensor& num_moves, int64_t advance, const OptionalTensor& row_advance, int64_t /*isa*/) {
+  const Checker check("commit_", prefix_lens);
+  const CommitArguments arguments =
+      commit_arguments(check, caches, prefix_lens, sources, num_moves, advance, row_advance);
+  const int64_t batch = arguments.params.batch;
+  if (batch == 0) return;
+  const OnDeviceOf device(prefix_lens);
+  const gpu::Stream stream = current_stream(prefix_lens.get_device());
+  gpu::commit(arguments.params, {counters.take(prefix_lens.get_device(), stream, batch), flags_of(prefix_lens)},
+              stream);
+}
+
 // Makes `word`, int32 [1] which Python keeps, the flags of its device. Throws where the kernels cannot run there.
 void prepare(const Tensor& word) {
   const OnDeviceOf device(word);
   gpu::require_tree_attention();
+  gpu::require_commit();
   const std::lock_guard<std::mutex> lock(flags_mutex);
   flags[word.get_device()] = static_cast<int*>(word.mutable_data_ptr());
 }
@@ -120,5 +137,6 @@ void prepare(const Tensor& word) {
 
 STABLE_TORCH_LIBRARY_IMPL(LBR_LIBRARY, LBR_KEY, m) {
   m.impl("tree_attention", TORCH_BOX(&lbr::tree_attention));
+  m.impl("commit_", TORCH_BOX(&lbr::commit_));
   m.impl("prepare", TORCH_BOX(&lbr::prepare));
 }

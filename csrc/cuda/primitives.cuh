@@ -78,17 +78,41 @@ LBR_DEVICE T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
+// Collective over the warp: the value of the lane `delta` below; the lowest lanes keep their own.
+template <class T>
+LBR_DEVICE T shuffle_up(T value, int delta) {
+  return __shfl_up_sync(0xffffffffu, value, unsigned(delta));
+}
+
+// Collective over the warp: bit i says what lane i has given.
+LBR_DEVICE unsigned ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
+
 // Writes that this thread has made, or has seen through a barrier, are seen by whoever sees its later atomics.
 LBR_DEVICE void fence() { __threadfence(); }
 
-// Adds to a counter in global memory and returns what it held before.
-LBR_DEVICE unsigned atomic_add(unsigned* counter, unsigned value) { return atomicAdd(counter, value); }
+// Atomics on global or shared memory, which return what was there before.
+LBR_DEVICE unsigned atomic_add(unsigned* word, unsigned value) { return atomicAdd(word, value); }
+LBR_DEVICE unsigned long long atomic_add(unsigned long long* word, unsigned long long value) {
+  return atomicAdd(word, value);
+}
+LBR_DEVICE unsigned atomic_max(unsigned* word, unsigned value) { return atomicMax(word, value); }
 
 // Sets bits of a word in global memory.
 LBR_DEVICE void atomic_or(int* word, int bits) { atomicOr(word, bits); }
 
+// Returns once a counter in global memory, to which other blocks add, is at least `value`; what they wrote before is
+// seen from then on. Only in launches whose blocks are all resident together.
+LBR_DEVICE void wait_until(const unsigned* counter, unsigned value) {
+  unsigned seen;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  while (seen < value);
+}
+
 // Reads of global memory that other blocks of the same launch have written: from L2, the only cache that they share.
-LBR_DEVICE float load_shared_by_blocks(const float* p) { return __ldcg(p); }
+template <class T>
+LBR_DEVICE T load_shared_by_blocks(const T* p) {
+  return __ldcg(p);
+}
 LBR_DEVICE Float4 load_shared_by_blocks(const Float4* p) {
   const float4 loaded = __ldcg(reinterpret_cast<const float4*>(p));
   return {{loaded.x, loaded.y, loaded.z, loaded.w}};
@@ -175,7 +199,16 @@ LBR_DEVICE float exp2(float x) {
 }
 LBR_DEVICE float log2(float x) { return ::log2f(x); }
 LBR_DEVICE float tanh(float x) { return ::tanhf(x); }
+LBR_DEVICE float erf(float x) { return ::erff(x); }
+LBR_DEVICE float sqrt(float x) { return ::sqrtf(x); }
+LBR_DEVICE double exp(double x) { return ::exp(x); }
+LBR_DEVICE double log(double x) { return ::log(x); }
 LBR_DEVICE float max(float a, float b) { return ::fmaxf(a, b); }  // of a number and NaN the number
+
+// Rounded to nearest each by itself, never fused.
+LBR_DEVICE double multiply(double a, double b) { return __dmul_rn(a, b); }
+LBR_DEVICE double add(double a, double b) { return __dadd_rn(a, b); }
+LBR_DEVICE double subtract(double a, double b) { return __dsub_rn(a, b); }
 
 LBR_DEVICE int count_bits(uint64_t x) { return __popcll(x); }
 LBR_DEVICE int lowest_bit(uint64_t x) { return __ffsll(int64_t(x)) - 1; }  // of a word that is not 0
@@ -232,11 +265,16 @@ inline bool is_capturing(Stream stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+template <class Params>
+void allow_shared_memory(void (*kernel)(Params), int shared_bytes) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+        "cudaFuncAttributeMaxDynamicSharedMemorySize");
+}
+
 // Enqueues a launch. The kernel's parameters travel by value; nothing is waited for.
 template <class Params>
 void launch(void (*kernel)(Params), Grid grid, int threads, int shared_bytes, Stream stream, const Params& params) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-        "cudaFuncAttributeMaxDynamicSharedMemorySize");
+  allow_shared_memory(kernel, shared_bytes);
   // Else the driver may leave too little of the L1 for as many blocks as were planned.
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
         "cudaFuncAttributePreferredSharedMemoryCarveout");
@@ -244,6 +282,27 @@ void launch(void (*kernel)(Params), Grid grid, int threads, int shared_bytes, St
   check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid.x, grid.y, grid.z), dim3(threads), arguments,
                          shared_bytes, stream),
         "cudaLaunchKernel");
+}
+
+// How many blocks of a kernel the current device holds at a time.
+template <class Params>
+int resident_blocks(void (*kernel)(Params), int threads, int shared_bytes) {
+  allow_shared_memory(kernel, shared_bytes);
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, size_t(shared_bytes)),
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return blocks * current_device().multiprocessors;
+}
+
+// The same launch, of at most resident_blocks blocks, which run side by side and may wait for each other.
+template <class Params>
+void launch_cooperative(void (*kernel)(Params), Grid grid, int threads, int shared_bytes, Stream stream,
+                        const Params& params) {
+  allow_shared_memory(kernel, shared_bytes);
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(grid.x, grid.y, grid.z), dim3(threads),
+                                    arguments, size_t(shared_bytes), stream),
+        "cudaLaunchCooperativeKernel");
 }
 
 }  // namespace lbr::gpu

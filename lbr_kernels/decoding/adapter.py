@@ -288,7 +288,8 @@ def _compare(model: PreTrainedModel) -> ModelReport:
     if mismatch is None:
         committed = (int(tree.tokens[0, 1]),)
         sources, num_moves = tree.commit(torch.ones(1, dtype=torch.int64, device=device), all_active=True)
-        cache.commit(sources, num_moves, all_rows=True, backend=None)
+        cache.commit(sources, num_moves, backend=None)
+        cache.committed(all_rows=True)
         mismatch = grow(2)
     if mismatch is not None:
         return ModelReport(mismatch)

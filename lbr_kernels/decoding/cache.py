@@ -6,9 +6,12 @@ Row b of a layer holds its committed prefix in slots ``[0, prefix_lens[b])``, wi
 the slots after it. A forward of the tree writes its nodes there; :meth:`TreeCache.commit` moves the survivors to the
 front and lets the prefix grow. Layers that share device, dtype and retained window form a group with one
 ``prefix_lens`` and one arena for each head size, in which the layers' heads stand side by side: a commit is one
-``ops.commit_`` of one tensor for most models. A sliding layer whose text would
-outgrow its window keeps the window and the tree only; its group's slots then count from an offset that differs by row,
-which changes nothing, since windows compare positions with each other.
+``ops.commit_`` of one tensor for most models. A sliding layer whose text would outgrow its window keeps the window and
+the tree only; its group's slots then count from an offset that differs by row, which changes nothing, since windows
+compare positions with each other.
+
+The host keeps an upper bound of the prefix lengths, so that it knows without asking when memory must grow. A cache of
+fixed capacity never grows, and a forward or a commit on it reads nothing on the host: both can be captured in a graph.
 """
 
 from __future__ import annotations
@@ -101,8 +104,10 @@ class LayerGroup:
         tree_nodes: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        fixed: bool,
     ) -> None:
-        self.shapes, self.retained, self.tree_nodes = shapes, retained, tree_nodes
+        self.shapes, self.retained, self.tree_nodes, self.fixed = shapes, retained, tree_nodes, fixed
         self.dtype, self.device = dtype, device
         self.prefix_lens = prefix_lens.to(device=device, dtype=torch.int32, copy=True)
         self.layers = [TreeLayer(self, shape.window) for shape in shapes]
@@ -114,7 +119,8 @@ class LayerGroup:
 
     def _measure(self) -> None:
         self.longest = int(self.prefix_lens.max())
-        self.uniform = bool((self.prefix_lens == self.longest).all())
+        # Where all rows are equally long, slots are written by slices. A graph would keep the numbers in them.
+        self.uniform = not self.fixed and bool((self.prefix_lens == self.longest).all())
 
     def allocate(self, capacity: int) -> None:
         """New arenas ``[B, heads of all layers, capacity, D]``, one for each head size, with the old ones' contents."""
@@ -142,14 +148,15 @@ class LayerGroup:
         """Every layer's keys and values, in the few tensors that ``ops.commit_`` is given."""
         return list(self._arenas.values())
 
-    def fill(self, layer: int, keys: Tensor, values: Tensor, repeats: int) -> None:
+    def fill(self, layer: TreeLayer, keys: Tensor, values: Tensor, repeats: int) -> None:
         """Copy a prefilled layer's states ``[B, H, P, D]``, real tokens last, to the prefixes of the rows.
 
         A sliding layer's states may begin later than the text; the slots before them stay unwritten, nobody sees them.
         """
-        for buffer, states in ((self.layers[layer].keys, keys), (self.layers[layer].values, values)):
+        equal = bool((self.prefix_lens == self.longest).all())
+        for buffer, states in ((layer.keys, keys), (layer.values, values)):
             held = states.shape[2]
-            if self.uniform:
+            if equal:
                 count = min(self.longest, held)
                 rows = buffer.unflatten(0, (-1, repeats))
                 rows[:, :, :, self.longest - count : self.longest] = states[:, None, :, held - count :]
@@ -177,10 +184,11 @@ class LayerGroup:
             )
         buffer.scatter_(2, self._slots[:, None, :, None].expand(states.shape), states)
 
-    def commit(self, sources: Tensor, num_moves: Tensor | None, all_rows: bool, backend: str | None) -> None:
-        ops.commit_(self.buffers, self.prefix_lens, sources, num_moves=num_moves, backend=backend)
-        self.longest += 1
-        self.uniform &= all_rows
+    def begin(self, prefix_lens: Tensor) -> None:
+        """New prefixes of these lengths ``[B]``, which :meth:`fill` brings."""
+        self.prefix_lens.copy_(prefix_lens)
+        self._measure()
+        self.set_base(0)
 
     @property
     def is_full(self) -> bool:
@@ -194,12 +202,19 @@ class LayerGroup:
         """
         assert self.retained is not None
         kept = self.prefix_lens.clamp(max=self.retained)
-        for row, (before, after) in enumerate(zip(self.prefix_lens.tolist(), kept.tolist(), strict=True)):
-            for buffer in self.buffers if after < before else ():
-                live = buffer[row, :, before - after : before + self.tree_nodes].clone()
-                buffer[row, :, : live.shape[1]] = live
+        live = torch.arange(self.retained + self.tree_nodes, device=self.device)
+        slots = (live + (self.prefix_lens - kept)[:, None]).clamp(max=self.capacity - 1)
+        for buffer in self.buffers:
+            index = slots[:, None, :, None].expand(*buffer.shape[:2], -1, buffer.shape[3])
+            buffer[:, :, : len(live)] = buffer.gather(2, index)
         self.prefix_lens.copy_(kept)
-        self._measure()
+        self.longest = min(self.longest, self.retained)
+
+
+def _held(prompt_lens: Tensor, repeats: int, retained: int | None) -> Tensor:
+    """How much of the rows' prompts a group holds."""
+    lens = prompt_lens.repeat_interleave(repeats)
+    return lens if retained is None else lens.clamp(max=retained - 1)
 
 
 def _sliding_capacity(window: int, tree_nodes: int) -> int:
@@ -227,6 +242,7 @@ class TreeCache(Cache):
         tree_nodes: int,
         max_new_tokens: int,
         release: bool = True,
+        fixed_capacity: int | None = None,
     ) -> TreeCache:
         """Move a prefilled cache into an arena.
 
@@ -237,12 +253,14 @@ class TreeCache(Cache):
             tree_nodes: the most nodes that a tree holds.
             max_new_tokens: the most tokens that will be committed.
             release: empty the prefilled cache layer by layer on the way.
+            fixed_capacity: slots for a whole text and a tree, which then is all that there will ever be; by default
+                memory grows with the texts.
 
         Raises:
             TypeError: a layer's state cannot be shared by branches.
         """
         longest = int(prompt_lens.max())
-        final_length = longest + max_new_tokens + tree_nodes
+        final_length = fixed_capacity or longest + max_new_tokens + tree_nodes
         members: dict[tuple[torch.device, torch.dtype, int | None], list[int]] = {}
         shapes = []
         for index, layer in enumerate(prefilled.layers):
@@ -256,23 +274,32 @@ class TreeCache(Cache):
         cache = cls([], [], final_length)
         views: dict[int, TreeLayer] = {}
         for (device, dtype, retained), indices in members.items():
-            lens = prompt_lens.repeat_interleave(repeats)
-            capacity = min(final_length, longest + _MIN_GROWTH + tree_nodes)
+            lens = _held(prompt_lens, repeats, retained)
+            capacity = fixed_capacity or min(final_length, longest + _MIN_GROWTH + tree_nodes)
             if retained is not None:
-                lens, capacity = lens.clamp(max=retained - 1), _sliding_capacity(retained, tree_nodes)
+                capacity = _sliding_capacity(retained, tree_nodes)
             group = LayerGroup(
                 [shapes[index] for index in indices],
                 retained, lens, cache._unused_capacity(capacity), tree_nodes, dtype, device,
+                fixed=fixed_capacity is not None,
             )  # fmt: skip
             cache.groups.append(group)
-            for position, index in enumerate(indices):
-                source = prefilled.layers[index]
-                group.fill(position, source.keys, source.values, repeats)
-                if release:
-                    source.keys = source.values = None
-                views[index] = group.layers[position]
+            views.update(zip(indices, group.layers, strict=True))
         cache.layers = [views[index] for index in range(len(views))]
+        cache._fill(prefilled, repeats, release)
         return cache
+
+    def refill(self, prefilled: Cache, prompt_lens: Tensor, *, repeats: int, release: bool = True) -> None:
+        """Begin anew with other prompts of the same model, in the same memory; arguments as for ``from_prefill``."""
+        for group in self.groups:
+            group.begin(_held(prompt_lens, repeats, group.retained))
+        self._fill(prefilled, repeats, release)
+
+    def _fill(self, prefilled: Cache, repeats: int, release: bool) -> None:
+        for source, layer in zip(prefilled.layers, self.layers, strict=True):
+            layer.group.fill(layer, source.keys, source.values, repeats)
+            if release:
+                source.keys = source.values = None
 
     def _unused_capacity(self, capacity: int) -> int:
         """``capacity`` or the next number that no other group has: buffers are told apart by it."""
@@ -286,16 +313,25 @@ class TreeCache(Cache):
         for group in self.groups:
             group.set_base(base)
 
-    def commit(self, sources: Tensor, num_moves: Tensor | None, *, all_rows: bool, backend: str | None) -> None:
-        """Prune and shift all layers by ``ops.commit_``; ``all_rows`` says that no row stays behind."""
+    def commit(self, sources: Tensor, num_moves: Tensor | None, *, backend: str | None) -> None:
+        """Prune and shift all layers by ``ops.commit_``."""
         for group in self.groups:
             moves = None if num_moves is None else num_moves.to(group.device)
-            group.commit(sources.to(group.device), moves, all_rows, backend)
+            ops.commit_(group.buffers, group.prefix_lens, sources.to(group.device), num_moves=moves, backend=backend)
+
+    def committed(self, *, all_rows: bool) -> None:
+        """The host's part of a commit: what it knows of the lengths, and room for the next tree.
+
+        ``all_rows`` says that no row has stayed behind.
+        """
+        for group in self.groups:
+            group.longest += 1
+            group.uniform &= all_rows
             if not group.is_full:
                 continue
             if group.retained is not None:
                 group.cut_to_window()
-            else:
+            elif not group.fixed:
                 grown = max(group.capacity + _MIN_GROWTH, group.capacity * 3 // 2)
                 group.allocate(self._unused_capacity(min(grown, self._final_length)))
 

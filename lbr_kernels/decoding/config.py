@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+ENGINES = ("eager", "static", "graph")
 _MOST_SLOTS = 2**20  # no machine holds the masks of more
 
 
@@ -21,6 +23,9 @@ class LBRConfig:
             one, else its place stays empty.
         trie: forward each distinct path once instead of every slot of the full tree. The text is the same. By default
             on for CPUs, where nodes cost time, and off on GPUs, where fixed shapes matter more.
+        engine: how steps are run, ``"eager"``, ``"static"`` or ``"graph"`` (see ``decoding/engine.py``); the text is
+            the same. By default a CUDA graph where the call can be run as one, else eager; ``stats`` says which and
+            why. An engine asked for by name never falls back.
         backend: the ops' backend, see ``lbr_kernels.ops.backends()``; by default the best that runs.
     """
 
@@ -30,9 +35,12 @@ class LBRConfig:
     router_do_sample: bool | None = None
     candidate_min_p: float = 0.05
     trie: bool | None = None
+    engine: Literal["eager", "static", "graph"] | None = None
     backend: str | None = None
 
     def __post_init__(self) -> None:
+        if self.engine not in (None, *ENGINES):
+            raise ValueError(f"generate: engine is {self.engine!r}, expected {', '.join(map(repr, ENGINES))} or None")
         for name in ("width", "depth"):
             value = getattr(self, name)
             if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:

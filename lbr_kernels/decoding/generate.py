@@ -6,9 +6,9 @@ import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from lbr_kernels import ops
 from lbr_kernels.decoding.adapter import ModelAdapter, require_supported
 from lbr_kernels.decoding.cache import CACHE_NAME, TreeCache
 from lbr_kernels.decoding.config import LBRConfig
+from lbr_kernels.decoding.engine import FixedDecoder, KeptStep, NotFixedError, engine_obstacle, kept_step
 from lbr_kernels.decoding.loop import DecodingStats, Limits, StepView, TreeDecoder
 from lbr_kernels.decoding.routing import RouterLike, Routing
 from lbr_kernels.decoding.sampling import ChildSampler, Draws
@@ -83,6 +84,7 @@ def generate(
     router_do_sample: bool | None = None,
     candidate_min_p: float | None = None,
     trie: bool | None = None,
+    engine: Literal["eager", "static", "graph"] | None = None,
     backend: str | None = None,
     config: LBRConfig | None = None,
     generator: torch.Generator | None = None,
@@ -99,8 +101,8 @@ def generate(
     Args:
         model: any decoder-only transformers model that passes :func:`lbr_kernels.check_model`.
         inputs: prompt ids ``[B, P]``, left- or right-padded (or ``input_ids=``, ``inputs_embeds=``).
-        width, depth, router_temperature, router_do_sample, candidate_min_p, trie, backend: see :class:`LBRConfig`,
-            which ``config`` gives as one object; width 3 and depth 1 by default.
+        width, depth, router_temperature, router_do_sample, candidate_min_p, trie, engine, backend: see
+            :class:`LBRConfig`, which ``config`` gives as one object; width 3 and depth 1 by default.
         router: a :class:`lbr_kernels.Router`, a directory or Hub id of one, a function of ``(hidden, valid)`` to
             scores ``[B, K]``, or None: uniform, which samples from the model itself.
         generator: source of the call's 64-bit seed; torch's default one if None. Every draw is keyed by that seed,
@@ -127,11 +129,11 @@ def generate(
         raise TypeError(f"generate: on_step is a {type(on_step).__name__}, expected a callable or None")
     settings = _merge(
         config, width=width, depth=depth, router_temperature=router_temperature, router_do_sample=router_do_sample,
-        candidate_min_p=candidate_min_p, trie=trie, backend=backend,
+        candidate_min_p=candidate_min_p, trie=trie, engine=engine, backend=backend,
     )  # fmt: skip
     if "past_key_values" in kwargs and CACHE_NAME not in kwargs:
         kwargs[CACHE_NAME] = kwargs.pop("past_key_values")  # the old name is good everywhere
-    wrapped, model = model, _unwrapped(model)
+    wrapped, model = model, unwrapped(model)
     _check_keywords(model, kwargs)
     _check_settings(model, kwargs)
     _check_prompts(inputs, kwargs)
@@ -200,6 +202,18 @@ class _Call:
             self.router, width=config.width, depth=config.depth, hidden_size=adapter.hidden_size,
             temperature=config.router_temperature, device=device, backend=config.backend,
         )  # fmt: skip
+        do_sample = bool(generation_config.do_sample)
+        draw_choice = do_sample if config.router_do_sample is None else config.router_do_sample
+        wants_dict = bool(generation_config.return_dict_in_generate)
+        keep_scores = wants_dict and bool(generation_config.output_scores or generation_config.output_logits)
+        sampler = ChildSampler(
+            processors, width=config.width, candidate_min_p=config.candidate_min_p, keep_scores=keep_scores,
+            backend=config.backend,
+        )  # fmt: skip
+        stats.engine_reason = engine_obstacle(
+            self.model, config, routing=routing, processors=processors, criteria=criteria, keep_scores=keep_scores,
+            looks_on=self.on_step is not None,
+        )  # fmt: skip
         streams = self._row_streams(rows, device)
         shown = input_ids
         if (order := _alignment(model_kwargs.get("attention_mask"))) is not None:
@@ -224,45 +238,55 @@ class _Call:
             lens = _prompt_lens(prompt_kwargs.get("attention_mask"), prefilled, len(prompt_ids)).to(device)
             next_positions = _last_positions(prompt_kwargs, lens).to(device).repeat_interleave(repeats) + 1
             limits = _limits(adapter, generation_config, input_ids.shape[1], next_positions)
-            cache = TreeCache.from_prefill(
-                prefilled,
-                lens,
-                repeats=repeats,
-                tree_nodes=num_slots(config.width, config.depth),
-                max_new_tokens=limits.max_new_tokens,
-                release=not getattr(prefilled, "_is_user_defined", False),
-            )
 
-        do_sample = bool(generation_config.do_sample)
-        draw_choice = do_sample if config.router_do_sample is None else config.router_do_sample
-        tree = LookaheadTree(
-            rows, config.width, config.depth, device=device,
-            trie=device.type == "cpu" if config.trie is None else config.trie,
-        )  # fmt: skip
-        wants_dict = bool(generation_config.return_dict_in_generate)
-        keep_scores = wants_dict and bool(generation_config.output_scores or generation_config.output_logits)
-        sampler = ChildSampler(
-            processors, width=config.width, candidate_min_p=config.candidate_min_p, keep_scores=keep_scores,
-            backend=config.backend,
-        )  # fmt: skip
+        tree_nodes = num_slots(config.width, config.depth)
         seed = _draw_seed(self.generator) if do_sample or draw_choice else None
-        decoder = TreeDecoder(
-            adapter, cache, input_ids, next_positions,
-            tree=tree, routing=routing, sampler=sampler,
-            draws=None if seed is None else Draws(seed, streams, tree.num_slots),
-            draw_children=do_sample, draw_choice=draw_choice,
-            limits=limits, criteria=criteria, streamer=self.streamer, stats=stats,
-        )  # fmt: skip
-        for step in decoder.run(root_logits, torch.arange(rows, device=device) // repeats):
-            if self.on_step is not None:
-                self.on_step(step)
-        ops.raise_if_flagged(device)
-        if self.streamer is not None:
-            self.streamer.end()
+        draws = None if seed is None else Draws(seed, streams, tree_nodes)
+        row_of = torch.arange(rows, device=device) // repeats
+        release = not getattr(prefilled, "_is_user_defined", False)
+        decoder: FixedDecoder | TreeDecoder
+        with ExitStack() as stack:
+            fixed = None
+            if stats.engine_reason is None:
+                fixed = self._fixed_step(
+                    stack, adapter, prefilled, stats, rows=rows, width=config.width, depth=config.depth,
+                    length=int(lens.max()) + limits.max_new_tokens + tree_nodes, draw_children=do_sample,
+                    draw_choice=draw_choice, num_eos=len(limits.eos_token_ids), routing=routing,
+                )  # fmt: skip
+            if fixed is not None:
+                with stats.phase("prefill"):
+                    fixed.step.cache.refill(prefilled, lens, repeats=repeats, release=release)
+                decoder = FixedDecoder(
+                    fixed, input_ids, draws=draws, limits=limits, streamer=self.streamer, stats=stats
+                )
+                filters = sampler.filters if do_sample else sampler.deterministic_filters
+                decoder.run(root_logits[row_of], next_positions, routing=routing, filters=filters)
+            else:
+                with stats.phase("prefill"):
+                    cache = TreeCache.from_prefill(
+                        prefilled, lens, repeats=repeats, tree_nodes=tree_nodes,
+                        max_new_tokens=limits.max_new_tokens, release=release,
+                    )  # fmt: skip
+                tree = LookaheadTree(
+                    rows, config.width, config.depth, device=device,
+                    trie=device.type == "cpu" if config.trie is None else config.trie,
+                )  # fmt: skip
+                decoder = TreeDecoder(
+                    adapter, cache, input_ids, next_positions,
+                    tree=tree, routing=routing, sampler=sampler, draws=draws,
+                    draw_children=do_sample, draw_choice=draw_choice,
+                    limits=limits, criteria=criteria, streamer=self.streamer, stats=stats,
+                )  # fmt: skip
+                for step in decoder.run(root_logits, row_of):
+                    if self.on_step is not None:
+                        self.on_step(step)
+            ops.raise_if_flagged(device)
+            if self.streamer is not None:
+                self.streamer.end()
+            returned_cache = None
+            if shown is input_ids and (wants_dict or getattr(past, "_is_user_defined", False)):
+                returned_cache = _returned_cache(decoder, past, lens.repeat_interleave(repeats), prompt_columns)
         sequences = torch.cat([shown, decoder.sequences[:, shown.shape[1] :]], dim=1)
-        returned_cache = None
-        if shown is input_ids and (wants_dict or getattr(past, "_is_user_defined", False)):
-            returned_cache = _returned_cache(decoder, past, lens.repeat_interleave(repeats), prompt_columns)
         if not wants_dict:
             return sequences
 
@@ -301,6 +325,24 @@ class _Call:
             **{CACHE_NAME: returned_cache},
         )
 
+    def _fixed_step(
+        self, stack: ExitStack, adapter: ModelAdapter, prefilled: Cache, stats: DecodingStats, **shape: Any
+    ) -> KeptStep | None:
+        """The step for this call, which has it until the stack unwinds; None, after a warning, if it cannot be had."""
+        engine = self.config.engine
+        try:
+            fixed = kept_step(self.model, adapter, prefilled, captured=engine != "static", stats=stats, **shape)
+            stack.enter_context(fixed.in_call(adapter))
+        except NotFixedError as error:
+            if engine is not None:
+                raise RuntimeError(f"generate: engine {engine!r} cannot run: {error}") from error
+            stats.engine_reason = str(error)
+            warnings.warn(f"generate: decoding without a CUDA graph: {error}", stacklevel=2)
+            return None
+        stats.engine = engine or "graph"
+        stats.engine_reason = "engine is 'static'" if engine == "static" else None
+        return fixed
+
     def _row_streams(self, rows: int, device: torch.device) -> Tensor:
         if self.streams is None:
             return torch.arange(rows, device=device)
@@ -313,7 +355,9 @@ class _Call:
         return streams
 
 
-def _returned_cache(decoder: TreeDecoder, past: Cache | None, prompt_lens: Tensor, prompt_columns: int) -> DynamicCache:
+def _returned_cache(
+    decoder: FixedDecoder | TreeDecoder, past: Cache | None, prompt_lens: Tensor, prompt_columns: int
+) -> DynamicCache:
     """The cache as ``model.generate`` leaves it: everything but the last token; in the caller's object, if any."""
     lens = prompt_lens + decoder.num_committed
     cache = past if isinstance(past, DynamicCache) else DynamicCache()
@@ -334,7 +378,7 @@ def _merge(config: LBRConfig | None, **given: Any) -> LBRConfig:
     return config
 
 
-def _unwrapped(model: Any) -> PreTrainedModel:
+def unwrapped(model: Any) -> PreTrainedModel:
     """The transformers model inside ``torch.compile``'s or PEFT's wrapper."""
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):

@@ -22,6 +22,7 @@ from lbr_kernels.decoding.attention import TreeForward
 from lbr_kernels.decoding.cache import TreeCache
 from lbr_kernels.decoding.routing import Routing
 from lbr_kernels.decoding.sampling import ChildSampler, Draws, Frontier
+from lbr_kernels.decoding.tracing import named_range
 from lbr_kernels.decoding.tree import Growth, LookaheadTree
 
 
@@ -30,13 +31,17 @@ class DecodingStats:
     """What a decoding call cost.
 
     ``forwarded_nodes`` counts the tree's nodes that went through the model (neither the prompt nor padding), and
-    ``model_calls`` its forwards, the prompt's included. ``seconds`` has the phases prefill, forward (layers and head),
-    route, commit and sample.
+    ``model_calls`` its forwards, the prompt's included. ``engine`` says how the steps were run, and ``engine_reason``
+    why not as a CUDA graph (None where they were). ``seconds`` has the phases prefill, forward (layers and head),
+    route, commit and sample, as the host sees them; a graph's steps are one phase, step, and making it is another,
+    warm-up.
     """
 
     committed_tokens: int = 0
     forwarded_nodes: int = 0
     model_calls: int = 0
+    engine: str = "eager"
+    engine_reason: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -49,7 +54,8 @@ class DecodingStats:
         """Add the time inside the block to a phase; time of phases within it is theirs alone."""
         start, inner = time.perf_counter(), sum(self.seconds.values())
         try:
-            yield
+            with named_range(name):
+                yield
         finally:
             within = sum(self.seconds.values()) - inner
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start - within
@@ -245,7 +251,8 @@ class TreeDecoder:
             token = torch.where(self.active, tree.tokens.gather(1, winner)[:, 0], self.limits.pad_token_id)
             root = self.hidden.gather(1, winner[..., None].expand(-1, -1, self.hidden.shape[2]))
             sources, num_moves = tree.commit(choice, all_active=self.all_active)
-            self.cache.commit(sources, num_moves, all_rows=self.all_active, backend=self.routing.backend)
+            self.cache.commit(sources, num_moves, backend=self.routing.backend)
+            self.cache.committed(all_rows=self.all_active)
             kept = tree.num_slots - tree.width**tree.depth
             if kept:
                 self.hidden[:, :kept] = tree.shift(self.hidden, choice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,13 @@ class Routing:
                 f"generate: router is a {type(router).__name__}, "
                 "expected a Router, a path or Hub id, a callable or None"
             )
+
+    def copy(self) -> Routing:
+        """The same with weights of its own."""
+        other = copy.copy(self)
+        if self.weights is not None:
+            other.weights = self.weights._replace(data=self.weights.data.clone())
+        return other
 
     @property
     def module(self) -> nn.Module | None:

@@ -33,7 +33,12 @@ _WARPERS = (
     (TopPLogitsWarper, "top_p"),
     (MinPLogitsWarper, "min_p"),
 )
-_BLOCK = 64  # steps whose random numbers are made together
+DRAWN_TOGETHER = 64
+"""Steps whose random numbers are made together."""
+
+
+FILTERS = {"temperature": 1.0, "top_k": 0.0, "top_p": 1.0, "min_p": 0.0}
+"""The arguments of ``ops.sample_children`` that filter, in their order, and the values that ask for nothing."""
 
 
 def builtin_filters(processors: LogitsProcessorList) -> dict[str, Any] | None:
@@ -58,16 +63,20 @@ class Draws:
         self._seed = seed
         self._streams = streams[:, None, None]
         self._slots = torch.arange(num_slots + 1, device=streams.device)
-        self._first_step = -_BLOCK
+        self._first_step = -DRAWN_TOGETHER
         self._block: Tensor | None = None
 
     def at(self, step: int) -> Tensor:
         """fp64 ``[rows, slots + 1]`` for a row's ``step`` committed tokens."""
-        if self._block is None or not self._first_step <= step < self._first_step + _BLOCK:
-            self._first_step = step - step % _BLOCK
-            steps = torch.arange(self._first_step, self._first_step + _BLOCK, device=self._slots.device)
-            self._block = keyed_uniforms(self._seed, self._streams, steps[:, None], self._slots)
+        if self._block is None or not self._first_step <= step < self._first_step + DRAWN_TOGETHER:
+            self._first_step = step - step % DRAWN_TOGETHER
+            self._block = self.block(self._first_step)
         return self._block[:, step - self._first_step]
+
+    def block(self, first_step: int) -> Tensor:
+        """The same for the steps from ``first_step`` on, fp64 ``[rows, DRAWN_TOGETHER, slots + 1]``."""
+        steps = torch.arange(first_step, first_step + DRAWN_TOGETHER, device=self._slots.device)
+        return keyed_uniforms(self._seed, self._streams, steps[:, None], self._slots)
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,11 @@ class ChildSampler:
         filters = None if keep_scores else builtin_filters(processors)
         self.runs_processors = filters is None and len(processors) > 0
         self.filters: dict[str, Any] = filters or {}
+
+    @property
+    def deterministic_filters(self) -> dict[str, Any]:
+        """The filters where nothing is drawn: the floor of the candidates is one of them."""
+        return {**self.filters, "min_p": max(self.candidate_min_p, self.filters.get("min_p", 0.0))}
 
     def describe(self) -> dict[str, Any]:
         """The filters by name, for a trajectory's settings."""
@@ -143,8 +157,9 @@ class ChildSampler:
                 logits, drawn, row_index=row_of, backend=self.backend, **self.filters
             )
         else:
-            filters = {**self.filters, "min_p": max(self.candidate_min_p, self.filters.get("min_p", 0.0))}
-            tokens, log_probs = ops.top_children(logits, self.width, row_index=row_of, backend=self.backend, **filters)
+            tokens, log_probs = ops.top_children(
+                logits, self.width, row_index=row_of, backend=self.backend, **self.deterministic_filters
+            )
         all_tokens = tokens.new_full((rows, width, self.width), -1)
         all_log_probs = log_probs.new_zeros((rows, width, self.width))
         all_tokens[frontier.expands] = tokens

@@ -52,25 +52,13 @@ class LookaheadTree:
         # Parent of every node, -1 for a child of the prefix; wide enough for a tree without duplicates.
         self.parent = torch.full((rows, self.num_slots), -1, device=device)
         self.num_nodes = 0
-        self._survivors = self._survivor_slots(device)
+        self._survivors = survivor_slots(width, depth, device)
         self._paths = [
             path_slots(width, layer, device).flatten(0, 1)
             if layer
             else torch.empty((1, 0), dtype=torch.int64, device=device)
             for layer in range(depth)
         ]
-
-    def _survivor_slots(self, device: torch.device) -> Tensor:
-        """int64 ``[K, slots of layers 1..L-1]``: the slot that moves to each slot when candidate k is committed."""
-        rows = []
-        for candidate in range(self.width):
-            slots: list[int] = []
-            for layer in range(1, self.depth):
-                # Layer l + 1 of the old tree below the candidate becomes layer l.
-                first = layer_offset(self.width, layer + 1) + candidate * self.width**layer
-                slots += range(first, first + self.width**layer)
-            rows.append(slots)
-        return torch.tensor(rows, dtype=torch.int64, device=device).view(self.width, -1)
 
     def layer(self, layer: int) -> slice:
         """The slots of a layer, 1-based."""
@@ -210,3 +198,28 @@ class LookaheadTree:
         survivors = self._survivors[choice.clamp(min=0)]
         index = survivors.view(*survivors.shape, *[1] * (states.dim() - 2)).expand(-1, -1, *states.shape[2:])
         return states.gather(1, index)
+
+
+def survivor_slots(width: int, depth: int, device: torch.device) -> Tensor:
+    """int64 ``[K, slots of layers 1..L-1]``: the slot that moves to each slot when candidate k is committed."""
+    rows = []
+    for candidate in range(width):
+        slots: list[int] = []
+        for layer in range(1, depth):
+            # Layer l + 1 of the old tree below the candidate becomes layer l.
+            first = layer_offset(width, layer + 1) + candidate * width**layer
+            slots += range(first, first + width**layer)
+        rows.append(slots)
+    return torch.tensor(rows, dtype=torch.int64, device=device).view(width, -1)
+
+
+def full_tree_masks(width: int, depth: int, device: torch.device) -> Tensor:
+    """The masks of ``ops.tree_attention`` for a full tree, int64 ``[1, slots, words]``."""
+    slots = num_slots(width, depth)
+    masks: list[int] = []
+    for slot in range(slots):
+        parent = (slot - width) // width
+        masks.append(1 << slot | (masks[parent] if slot >= width else 0))
+    words = [[mask >> 64 * word & 2**64 - 1 for word in range((slots + 63) // 64)] for mask in masks]
+    signed = [[word - 2**64 if word >> 63 else word for word in row] for row in words]
+    return torch.tensor(signed, dtype=torch.int64, device=device)[None]

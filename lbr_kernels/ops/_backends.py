@@ -22,7 +22,7 @@ from lbr_kernels.ops import _extension, _flags
 from lbr_kernels.ops._checks import FLOATING
 
 HALF = (torch.float16, torch.bfloat16)
-CUDA_OPS = ("tree_attention",)
+CUDA_OPS = ("commit_", "tree_attention")
 TRITON_OPS = ("tree_attention", "commit_", "sample_children", "top_children", "route")
 OLDEST_GPU = (8, 0)
 

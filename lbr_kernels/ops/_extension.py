@@ -283,6 +283,7 @@ CUDA = Extension(
     "CUDA",
     (
         "cuda/bindings.cpp",
+        "cuda/commit.cu",
         "cuda/tree_attention.cu",
         "cuda/tree_attention_64.cu",
         "cuda/tree_attention_128.cu",

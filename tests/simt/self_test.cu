@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "block_group.cuh"
 #include "primitives.cuh"
 
 namespace lbr::gpu {
@@ -78,6 +79,14 @@ LBR_KERNEL(1024, 1) shuffle(LBR_PARAMETER Arguments p) {
   p.pointer<float>(1)[t] = shuffle_xor(p.pointer<float>(0)[t], p.numbers[0]);
 }
 
+// Pointers: int32 [threads], int32 [threads] what shuffle_up by number 0 gives, uint32 [threads] the votes for odd
+// ones.
+LBR_KERNEL(1024, 1) shuffle_up_and_ballot(LBR_PARAMETER Arguments p) {
+  const int t = thread_index(), value = p.pointer<int>(0)[t];
+  p.pointer<int>(1)[t] = shuffle_up(value, p.numbers[0]);
+  p.pointer<unsigned>(2)[t] = ballot(value % 2 != 0);
+}
+
 // Two groups of 16 bytes a thread, then wait<1>, a barrier, and all of shared memory goes out. Pointer 0: int32
 // [2, threads, 4], pointer 1: likewise. `numbers` = threads, threads whose copies are valid, whether the rest is waited
 // for.
@@ -125,7 +134,7 @@ LBR_KERNEL(32, 1) load(LBR_PARAMETER Arguments p) {
 // repetitions.
 template <class T>
 LBR_KERNEL(32, 1)
-multiply(LBR_PARAMETER Arguments p) {
+products(LBR_PARAMETER Arguments p) {
   const int lane = int(block_index().x) * 32 + thread_index();
   const uint32_t* from = p.pointer<uint32_t>(0) + 4 * lane;
   const uint32_t a[4] = {from[0], from[1], from[2], from[3]};
@@ -148,6 +157,27 @@ LBR_KERNEL(32, 1) count(LBR_PARAMETER Arguments p) {
   const unsigned before = load_shared_by_blocks(counter);
   fence();
   *counter = before + 1;
+}
+
+// All threads of all blocks add to a sum of 64 bits and raise a maximum. Pointers: uint64 [1], uint32 [1].
+LBR_KERNEL(1024, 1) sum_and_maximum(LBR_PARAMETER Arguments p) {
+  const unsigned me = block_index().x * 1000 + unsigned(thread_index());
+  atomic_add(p.pointer<unsigned long long>(0), (1ull << 40) + me);
+  atomic_max(p.pointer<unsigned>(1), me);
+}
+
+// In each round a block writes its number and reads the next block's of that round. Pointers: uint32 [1] counter, int32
+// [rounds, blocks], int32 [rounds, blocks] what was read. `numbers` = rounds, blocks, blocks that the group counts.
+LBR_KERNEL(64, 1) meet(LBR_PARAMETER Arguments p) {
+  const int rounds = p.numbers[0], blocks = p.numbers[1], me = int(block_index().x);
+  BlockGroup group(p.pointer<unsigned>(0), p.numbers[2]);
+  for (int round = 0; round < rounds; ++round) {
+    if (thread_index() == 40) p.pointer<int>(1)[round * blocks + me] = 100 * round + me;
+    group.barrier();
+    const int next = round * blocks + (me + 1) % blocks;
+    if (thread_index() == 7) p.pointer<int>(2)[next] = load_shared_by_blocks(p.pointer<int>(1) + next);
+  }
+  group.leave();
 }
 
 // Waits for a value that nobody writes.
@@ -191,6 +221,19 @@ LBR_KERNEL(32, 1) convert(LBR_PARAMETER Arguments p) {
   }
 }
 
+// Pointers: float [32], fp64 [6, 32] erf, sqrt, exp, log of its square, and x * x - 1 in steps that are not fused.
+LBR_KERNEL(32, 1) functions(LBR_PARAMETER Arguments p) {
+  const int t = thread_index();
+  const float x = p.pointer<float>(0)[t];
+  double* to = p.pointer<double>(1) + t;
+  to[0] = erf(x);
+  to[32] = sqrt(x * x);
+  to[64] = exp(double(x));
+  to[96] = log(double(x) * double(x));
+  to[128] = subtract(multiply(double(x) / 3, double(x) / 3), 1);
+  to[160] = add(multiply(double(x) / 3, double(x) / 3), 1);
+}
+
 // Pointers: int64 [32], int32 [32, 2] number of bits, lowest bit.
 LBR_KERNEL(32, 1) bits(LBR_PARAMETER Arguments p) {
   const int t = thread_index();
@@ -208,11 +251,14 @@ const std::pair<const char*, void (*)(Arguments)> kKernels[] = {
     {"barrier_beside_shuffle", barrier_beside_shuffle},
     {"two_masks", two_masks},
     {"shuffle", shuffle},
+    {"shuffle_up_and_ballot", shuffle_up_and_ballot},
+    {"sum_and_maximum", sum_and_maximum},
+    {"functions", functions},
     {"copy", copy},
     {"copy_to", copy_to},
     {"load", load},
-    {"multiply_half", multiply<Half>},
-    {"multiply_bfloat16", multiply<BFloat16>},
+    {"multiply_half", products<Half>},
+    {"multiply_bfloat16", products<BFloat16>},
     {"count", count},
     {"wait_for_ever", wait_for_ever},
     {"overwrite_source", overwrite_source},
@@ -226,6 +272,9 @@ void run(const std::string& name, const std::vector<uintptr_t>& pointers, const 
   Arguments arguments{};
   for (size_t i = 0; i < pointers.size(); ++i) arguments.pointers[i] = reinterpret_cast<void*>(pointers.at(i));
   for (size_t i = 0; i < numbers.size(); ++i) arguments.numbers[i] = numbers.at(i);
+  if (name == "meet") {
+    return launch_cooperative(meet, {grid.at(0), grid.at(1), grid.at(2)}, threads, shared_bytes, {}, arguments);
+  }
   for (const auto& [known, kernel] : kKernels) {
     if (name == known)
       return launch(kernel, {grid.at(0), grid.at(1), grid.at(2)}, threads, shared_bytes, {}, arguments);

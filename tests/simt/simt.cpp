@@ -377,6 +377,14 @@ void execute(const Waiting& met, Exchange& exchange) {
     case Operation::kShuffle:
       for (int lane = 0; lane < kWarpSize; ++lane) exchange.received[lane] = exchange.sent[lane ^ met.detail];
       break;
+    case Operation::kShuffleUp:
+      for (int lane = 0; lane < kWarpSize; ++lane)
+        exchange.received_up[lane] = exchange.sent_up[lane < met.detail ? lane : lane - met.detail];
+      break;
+    case Operation::kBallot:
+      exchange.votes = 0;
+      for (int lane = 0; lane < kWarpSize; ++lane) exchange.votes |= unsigned(exchange.voted[lane]) << lane;
+      break;
     case Operation::kLoadMatrices: load(exchange, false); break;
     case Operation::kLoadMatricesTransposed: load(exchange, true); break;
     case Operation::kMultiplyHalf: multiply<Half>(exchange); break;
@@ -392,6 +400,8 @@ std::string describe(const Waiting& waiting) {
   switch (waiting.operation) {
     case Operation::kBarrier: name = "block_barrier"; break;
     case Operation::kShuffle: name = "shuffle_xor by " + std::to_string(waiting.detail); break;
+    case Operation::kShuffleUp: name = "shuffle_up by " + std::to_string(waiting.detail); break;
+    case Operation::kBallot: name = "ballot"; break;
     case Operation::kLoadMatrices: name = "load_matrices"; break;
     case Operation::kLoadMatricesTransposed: name = "load_matrices_transposed"; break;
     case Operation::kMultiplyHalf: name = "multiply_accumulate<Half>"; break;
@@ -513,7 +523,7 @@ void configure(const Configuration& configuration) {
 
 const Configuration& configuration() { return configured; }
 
-void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, Site site) {
+void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, bool cooperative, Site site) {
   const std::lock_guard<std::mutex> lock(alone);
   require(grid.x > 0 && grid.y > 0 && grid.z > 0, "the grid is empty");
   require(grid.x <= 0x7fffffff && grid.y <= 65535 && grid.z <= 65535, "the grid has more blocks than CUDA takes");
@@ -526,7 +536,12 @@ void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, Site
   const uint64_t number = next_launch++;
   Random random{Random{configured.seed}() + number};
   random.state = random();
-  const int resident = 1 + int(random.below(uint64_t(configured.resident_blocks)));
+  const uint64_t all = uint64_t(grid.x) * grid.y * grid.z;
+  require(!cooperative || all <= uint64_t(configured.device.multiprocessors),
+          std::to_string(all) + " blocks that run side by side; this device holds " +
+              std::to_string(configured.device.multiprocessors));
+  const int some = 1 + int(random.below(uint64_t(configured.resident_blocks)));
+  const int resident = cooperative ? int(all) : some;
   std::vector<Grid> blocks;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
@@ -570,8 +585,9 @@ void meet_warp(Operation operation, int detail, Site site) {
   Fibre& fibre = self();
   Warp& warp = *fibre.warp;
   const Waiting waiting{operation, detail, site};
-  if (operation == Operation::kShuffle && (detail < 0 || detail >= kWarpSize)) {
-    fault(site, "shuffle_xor by %d, which names no lane", detail);
+  const bool shuffle = operation == Operation::kShuffle || operation == Operation::kShuffleUp;
+  if (shuffle && (detail < 0 || detail >= kWarpSize)) {
+    fault(site, "shuffle_%s by %d, which names no lane", operation == Operation::kShuffle ? "xor" : "up", detail);
   }
   stop(fibre, waiting);
   if (!warp.meeting.complete_with(waiting, kWarpSize)) return go_on(fibre);
@@ -591,6 +607,15 @@ void scheduling_point(Site site) {
     fault(site, "no progress: a thread seems to wait for one that cannot run");
   }
   if (now->random.below(now->scheduling_odds) != 0) return;
+  redraw(*fibre.warp);
+  go_home(fibre);
+}
+
+void yield(Site site) {
+  Fibre& fibre = self();
+  if (++now->without_progress > kPatience) {
+    fault(site, "no progress: a thread seems to wait for one that cannot run");
+  }
   redraw(*fibre.warp);
   go_home(fibre);
 }

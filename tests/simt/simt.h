@@ -33,6 +33,8 @@ enum class Operation {
   kNone,  // the thread is not waiting
   kBarrier,
   kShuffle,
+  kShuffleUp,
+  kBallot,
   kLoadMatrices,
   kLoadMatricesTransposed,
   kMultiplyHalf,
@@ -50,6 +52,9 @@ struct Exchange {
   alignas(64) uint32_t matrix[4][kWarpSize];  // what load_matrices has loaded
   const char* row[kWarpSize];                 // from where
   uint64_t sent[kWarpSize], received[kWarpSize];
+  uint64_t sent_up[kWarpSize], received_up[kWarpSize];
+  bool voted[kWarpSize];
+  unsigned votes;
 };
 
 struct BlockView {
@@ -83,7 +88,7 @@ extern Thread* running;
 
 void configure(const Configuration& configuration);
 const Configuration& configuration();
-void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, Site site);
+void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, bool cooperative, Site site);
 
 // Both stop the thread until all others of its block or warp have come to the same place with the same detail. The lane
 // that arrives last carries out a warp's operation on its Exchange.
@@ -92,6 +97,9 @@ void meet_warp(Operation operation, int detail, Site site);
 
 // Another warp may go on here, of this block or of another one.
 void scheduling_point(Site site);
+
+// Another warp goes on here, should there be one that can.
+void yield(Site site);
 
 void start_copy(void* shared, const void* global, bool valid, Site site);
 void commit_copies();
@@ -170,13 +178,39 @@ T shuffle_xor(T value, int lane_mask, simt::Site site = simt::Site::here()) {
   return value;
 }
 
+template <class T>
+T shuffle_up(T value, int delta, simt::Site site = simt::Site::here()) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(uint64_t));
+  const simt::Thread& self = *simt::running;
+  std::memcpy(&self.exchange->sent_up[self.lane], &value, sizeof value);
+  simt::meet_warp(simt::Operation::kShuffleUp, delta, site);
+  std::memcpy(&value, &self.exchange->received_up[self.lane], sizeof value);
+  return value;
+}
+
+inline unsigned ballot(bool value, simt::Site site = simt::Site::here()) {
+  const simt::Thread& self = *simt::running;
+  self.exchange->voted[self.lane] = value;
+  simt::meet_warp(simt::Operation::kBallot, 0, site);
+  return self.exchange->votes;
+}
+
 inline void fence(simt::Site site = simt::Site::here()) { simt::scheduling_point(site); }
 
 // Fibres share one thread of the processor, so that a plain operation is atomic. Others may come before and after it.
-inline unsigned atomic_add(unsigned* counter, unsigned value, simt::Site site = simt::Site::here()) {
+template <class T>
+T atomic_add(T* word, std::common_type_t<T> value, simt::Site site = simt::Site::here()) {
+  static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long>);
   simt::scheduling_point(site);
-  const unsigned before = *counter;
-  *counter = before + value;
+  const T before = *word;
+  *word = before + value;
+  simt::scheduling_point(site);
+  return before;
+}
+inline unsigned atomic_max(unsigned* word, unsigned value, simt::Site site = simt::Site::here()) {
+  simt::scheduling_point(site);
+  const unsigned before = *word;
+  if (value > before) *word = value;
   simt::scheduling_point(site);
   return before;
 }
@@ -185,6 +219,10 @@ inline void atomic_or(int* word, int bits, simt::Site site = simt::Site::here())
   simt::scheduling_point(site);
   *word |= bits;
   simt::scheduling_point(site);
+}
+
+inline void wait_until(const unsigned* counter, unsigned value, simt::Site site = simt::Site::here()) {
+  while (*static_cast<const volatile unsigned*>(counter) < value) simt::yield(site);
 }
 
 template <class T>
@@ -238,7 +276,16 @@ inline float exp2(float x) {
 }
 inline float log2(float x) { return std::log2(x); }
 inline float tanh(float x) { return std::tanh(x); }
+inline float erf(float x) { return std::erf(x); }
+inline float sqrt(float x) { return std::sqrt(x); }
+inline double exp(double x) { return std::exp(x); }
+inline double log(double x) { return std::log(x); }
 inline float max(float a, float b) { return std::fmax(a, b); }
+
+// The build forbids contraction.
+inline double multiply(double a, double b) { return a * b; }
+inline double add(double a, double b) { return a + b; }
+inline double subtract(double a, double b) { return a - b; }
 
 inline int count_bits(uint64_t x) { return __builtin_popcountll(x); }
 inline int lowest_bit(uint64_t x) { return __builtin_ctzll(x); }
@@ -252,15 +299,34 @@ inline unsigned* allocate_counters(int64_t count) { return new unsigned[count]()
 
 inline bool is_capturing(Stream /*stream*/) { return false; }
 
+namespace simt {
+template <class Params>
+void launch(void (*kernel)(Params), Grid grid, int threads, int shared_bytes, const Params& params, bool cooperative,
+            Site site) {
+  static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 4096, "what CUDA takes by value");
+  const auto run = [](const Kernel& erased) {
+    reinterpret_cast<void (*)(Params)>(erased.function)(*static_cast<const Params*>(erased.params));
+  };
+  launch({run, reinterpret_cast<void (*)()>(kernel), &params}, grid, threads, shared_bytes, cooperative, site);
+}
+}  // namespace simt
+
 // Runs the kernel to its end. Throws std::runtime_error where CUDA would refuse the launch, and on a kernel's fault.
 template <class Params>
 void launch(void (*kernel)(Params), Grid grid, int threads, int shared_bytes, Stream, const Params& params,
             simt::Site site = simt::Site::here()) {
-  static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 4096, "what CUDA takes by value");
-  const auto run = [](const simt::Kernel& erased) {
-    reinterpret_cast<void (*)(Params)>(erased.function)(*static_cast<const Params*>(erased.params));
-  };
-  simt::launch({run, reinterpret_cast<void (*)()>(kernel), &params}, grid, threads, shared_bytes, site);
+  simt::launch(kernel, grid, threads, shared_bytes, params, false, site);
+}
+template <class Params>
+void launch_cooperative(void (*kernel)(Params), Grid grid, int threads, int shared_bytes, Stream, const Params& params,
+                        simt::Site site = simt::Site::here()) {
+  simt::launch(kernel, grid, threads, shared_bytes, params, true, site);
+}
+
+// The device holds one block of a multiprocessor at a time, as if registers or shared memory left no room for more.
+template <class Params>
+int resident_blocks(void (* /*kernel*/)(Params), int /*threads*/, int /*shared_bytes*/) {
+  return simt::configuration().device.multiprocessors;
 }
 
 }  // namespace lbr::gpu

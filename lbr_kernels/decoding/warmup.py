@@ -1,0 +1,99 @@
+"""``warmup``: pay beforehand for what the first call would have to wait for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import DynamicCache
+
+from lbr_kernels.decoding.adapter import ModelAdapter, require_supported
+from lbr_kernels.decoding.config import LBRConfig
+from lbr_kernels.decoding.engine import NotFixedError, engine_obstacle, kept_step
+from lbr_kernels.decoding.generate import unwrapped
+from lbr_kernels.decoding.loop import DecodingStats
+from lbr_kernels.decoding.routing import RouterLike, Routing
+from lbr_kernels.ops.tree_shape import num_slots
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What calls of that shape will find: their engine, why it is not a graph (None if it is), and what it took."""
+
+    engine: str
+    engine_reason: str | None
+    seconds: float
+
+
+@torch.no_grad()
+def warmup(
+    model: PreTrainedModel,
+    *,
+    batch_size: int = 1,
+    max_length: int,
+    router: RouterLike | None = None,
+    do_sample: bool = True,
+    eos_token_id: int | Sequence[int] | None = None,
+    config: LBRConfig | None = None,
+    **settings: Any,
+) -> WarmUp:
+    """Make ready for calls of :func:`generate` of one shape: compile the kernels, check the model, capture the graph.
+
+    Args:
+        model: as for ``generate``.
+        batch_size: rows, return sequences counted.
+        max_length: the most tokens of a text, prompt included. Graphs are made for classes of lengths, a quarter of a
+            power of two apart.
+        router, do_sample: as in those calls. Of a router only the shape matters.
+        eos_token_id: as in those calls, by default what the model's own generation config says.
+        config, **settings: as for ``generate`` (``width``, ``depth``, ...).
+
+    Returns:
+        A :class:`WarmUp`.
+
+    Raises:
+        ValueError: an argument out of its range, or the model, or an engine asked for by name, cannot be had.
+        RuntimeError: an engine asked for by name fails on this model.
+    """
+    start = time.perf_counter()
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"warmup: {name} is {value!r}, expected an integer >= 1")
+    if config is not None and settings:
+        raise ValueError(f"warmup: config and {sorted(settings)[0]} are given; give one")
+    config = config or LBRConfig(**settings)
+    model = unwrapped(model)
+    require_supported(model)
+    adapter, stats = ModelAdapter(model, backend=config.backend), DecodingStats()
+    routing = Routing(
+        router, width=config.width, depth=config.depth, hidden_size=adapter.hidden_size,
+        temperature=config.router_temperature, device=model.device, backend=config.backend,
+    )  # fmt: skip
+    reason = engine_obstacle(
+        model, config, routing=routing, processors=LogitsProcessorList(), criteria=StoppingCriteriaList(),
+        keep_scores=False, looks_on=False,
+    )  # fmt: skip
+    engine = "eager"
+    if reason is None:
+        prefilled = DynamicCache(config=model.config)
+        adapter.head_inputs(torch.zeros((1, 1), dtype=torch.int64, device=model.device), prefilled)
+        ends = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
+        try:
+            kept_step(
+                model, adapter, prefilled, rows=batch_size, width=config.width, depth=config.depth,
+                length=max_length + num_slots(config.width, config.depth), draw_children=do_sample,
+                draw_choice=do_sample if config.router_do_sample is None else config.router_do_sample,
+                num_eos=0 if ends is None else 1 if isinstance(ends, int) else len(ends), routing=routing,
+                captured=config.engine != "static", stats=stats,
+            )  # fmt: skip
+            engine = config.engine or "graph"
+            reason = "engine is 'static'" if engine == "static" else None
+        except NotFixedError as error:
+            if config.engine is not None:
+                raise RuntimeError(f"warmup: engine {config.engine!r} cannot run: {error}") from error
+            reason = str(error)
+    return WarmUp(engine, reason, time.perf_counter() - start)
