@@ -127,6 +127,18 @@ def test_ties_at_the_edges(values, filters):
     assert torch.equal(got[0], want[0])
 
 
+def test_a_nucleus_that_is_reached_exactly():
+    """A token before which the whole limit lies is left out."""
+    logits, half = torch.tensor([[0.0, 0.0, -1.0, -1.0]]), 2**41
+    total = half + 2 * round(2**40 * math.exp(-1))
+    top_p = half / total
+    assert top_p * total == half
+    grid = ((torch.arange(20, dtype=torch.float64) + 0.5) / 20)[None]
+    for filters in ((1.0, 0, top_p), (1.0, 3, top_p)):
+        assert on_cpu("sample_children", logits, grid, *filters)[0].unique().tolist() == [0, 1]
+        assert run("sample_children", logits, grid, *filters)[0].unique().tolist() == [0, 1]
+
+
 def test_an_integer_of_every_weight():
     """Weights are the specification's to the last bit: a draw at either side of every token's edge finds it."""
     logits = torch.linspace(-27, 0, 129)[None].clone()
