@@ -64,14 +64,19 @@ def test_any_ascending_move(data):
     guarded_input.check()
 
 
-def test_views_of_one_arena():
+@pytest.mark.parametrize(
+    "narrow",
+    [lambda arena: [], lambda arena: [arena[:, 5:6, :30, 1:4]], lambda arena: [arena[:, 5:6, :30, :3]]],
+    ids=["aligned", "odd address", "odd width"],
+)
+def test_views_of_one_arena(narrow):
     """Strided views, as a tree cache holds them, also of what is not aligned; memory between them is left alone."""
     g = torch.Generator().manual_seed(0)
     arena = torch.randn(2, 7, 40, 32, generator=g)
     lens, sources = i32(3, 9), torch.stack([i32(1, 2, 5), i32(0, 3, 4)])
 
     def views(arena: Tensor) -> list[Tensor]:
-        return [arena[:, 0:2, 3:30, :16], arena[:, 3:5, :35:2, 8:24], arena[:, 5:6, :30, 1:4]]
+        return [arena[:, 0:2, 3:30, :16], arena[:, 3:5, :35:2, 8:24], *narrow(arena)]
 
     want, want_lens = expected(views(arena), lens, sources, [3, 3], [1, 1])
     whole = arena.clone()

@@ -153,11 +153,11 @@ def test_a_bad_row_has_no_choice(change, bit):
 
 
 def test_counters_are_left_at_zero_and_results_in_bounds():
-    """Twice the same from the same launch; scratch is as long as it is used, with guards behind it and the results."""
+    """Twice the same from the same launch; with 16 paths scratch is used to its end, where a guard stands."""
     router = random_router(2, 20, 24, num_heads=3).packed()
     counters = torch.zeros(3, dtype=torch.int32, device=DEVICE)
     call = route_triton.launch(
-        torch.randn(3, 12, 20, device=DEVICE), router.data.to(DEVICE), 3, 2, *router[3:], counters
+        torch.randn(3, 20, 20, device=DEVICE), router.data.to(DEVICE), 4, 2, *router[3:], counters
     )
     assert call.programs == 3 * 2  # columns of the projection in two parts
     guarded = Guarded()

@@ -139,6 +139,22 @@ def test_a_nucleus_that_is_reached_exactly():
         assert run("sample_children", logits, grid, *filters)[0].unique().tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("distance", [3, 6, 12, 25])
+def test_the_list_reaches_as_far_as_the_filters(distance):
+    """At each of the distances from the largest logit at which it may end, counted and weighed."""
+    logits = -torch.linspace(0, 30, 301)[None]
+    uniforms = 1 - torch.logspace(-12, -1, 20, dtype=torch.float64)[None]
+    crowd = torch.full((1, 3000), -float(distance))
+    crowd[0, 1234] = 0
+    for rows, filters in ((logits, (1.0, 10 * distance)), (logits, (2.0, 10 * distance)), (crowd, (1.0, 0, 0.9999))):
+        got, want = (
+            run("sample_children", rows, uniforms, *filters),
+            on_cpu("sample_children", rows, uniforms, *filters),
+        )
+        assert torch.equal(got[0], want[0])
+        torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=1e-6)
+
+
 def test_an_integer_of_every_weight():
     """Weights are the specification's to the last bit: a draw at either side of every token's edge finds it."""
     logits = torch.linspace(-27, 0, 129)[None].clone()
