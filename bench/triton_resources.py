@@ -10,11 +10,13 @@ Do not set ``TRITON_INTERPRET``: there would be nothing to compile.
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +28,19 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from lbr_kernels.ops import tree_attention_triton
+from lbr_kernels.ops import commit_triton, route_triton, sample_children_triton, tree_attention_triton
+from lbr_kernels.ops._triton_support import Launch
+from lbr_kernels.ops.route import weight_shapes
+from lbr_kernels.ops.tree_shape import num_slots
 
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.bool: "*i1",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -64,15 +73,17 @@ ARCHITECTURES = {
 }
 
 
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def tree_attention_launch(
     rows: int, head_size: int, dtype: torch.dtype, *, value_size: int | None = None, features: bool = False
-) -> tree_attention_triton.Launch:
+) -> Launch:
     """A call with 8 key heads and one node for each of ``rows``, long enough to be split; with all features or none."""
     B, Hk, T, S = 2, 8, rows, 8192
     value_size = value_size or head_size
-
-    def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
     extras: dict[str, Any] = {}
     if features:
@@ -85,12 +96,12 @@ def tree_attention_launch(
             "flag": meta(1, dtype=torch.int32),
         }
     return tree_attention_triton.launch(
-        meta(B, Hk, rows, head_size),
-        meta(B, Hk, S, head_size),
-        meta(B, Hk, S, value_size),
+        meta(B, Hk, rows, head_size, dtype=dtype),
+        meta(B, Hk, S, head_size, dtype=dtype),
+        meta(B, Hk, S, value_size, dtype=dtype),
         meta(B, dtype=torch.int32),
         meta(B, T, -(-T // 64), dtype=torch.int64),
-        meta(B, Hk, rows, value_size),
+        meta(B, Hk, rows, value_size, dtype=dtype),
         meta(B, Hk, rows, dtype=torch.float32),
         multiprocessors=MULTIPROCESSORS,
         **extras,
@@ -99,21 +110,33 @@ def tree_attention_launch(
 
 def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     """The kernel specialised as a launch with these arguments specialises it."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def kind(value: Any, place: tuple[int, ...], annotation: str, *, constant: bool, specialised: bool) -> Any:
+        if constant or value is None or (specialised and type(value) is int and value == 1):
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, tuple):  # Triton specialises their elements always
+            return tuple(kind(item, (*place, i), "", constant=False, specialised=True) for i, item in enumerate(value))
+        is_pointer = hasattr(value, "data_ptr")
+        if specialised and (is_pointer or (type(value) is int and value % 16 == 0)):
+            attributes[place] = [["tt.divisibility", 16]]
+        if is_pointer:
+            return POINTERS[value.dtype]
+        if annotation:
+            return annotation
+        return "fp32" if isinstance(value, float) else "i32" if -(2**31) <= value < 2**31 else "i64"
+
     for parameter in kernel.params:
-        name, value = parameter.name, arguments[parameter.name]
-        specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32" if -(2**31) <= value < 2**31 else "i64"
-        if specialised and (isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)):
-            attributes[parameter.num,] = [["tt.divisibility", 16]]
+        signature[parameter.name] = kind(
+            arguments[parameter.name],
+            (parameter.num,),
+            parameter.annotation_type,
+            constant=parameter.is_constexpr,
+            specialised=not parameter.do_not_specialize,
+        )
     return ASTSource(kernel, signature, constants, attributes)
 
 
@@ -130,16 +153,65 @@ def assembler_report(ptx: str, arch: int) -> tuple[int, int]:
     return int(registers), sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
 
 
-KERNELS: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
+def commit_launch(layers: int, heads: int, head_size: int, dtype: torch.dtype, *, moves: int) -> Launch:
+    """Keys and values of so many layers; each row has its number of moves."""
+    caches = [meta(2, heads, 4096, head_size, dtype=dtype) for _ in range(2 * layers)]
+    lens, sources, word = (meta(*shape, dtype=torch.int32) for shape in ((2,), (2, moves), (1,)))
+    return commit_triton.launch(caches, lens, sources, lens, num_moves=lens, flag=word)
+
+
+def sample_launch(dtype: torch.dtype, *, filters: str = "none", draws: bool = True) -> Launch:
+    """Nine rows of a vocabulary of 151936, three children each."""
+    numbers = (0.6, 50, 0.95, 0.0) if filters == "numbers" else (1.0, 0, 1.0, 0.0)
+    return sample_children_triton.launch(
+        meta(9, 151936, dtype=dtype),
+        meta(9, 3, dtype=torch.float64) if draws else None,
+        3,
+        numbers,
+        row_filters=meta(9, 4, dtype=torch.float64) if filters == "rows" else None,
+        row_index=meta(9, dtype=torch.int64),
+        flag=meta(1, dtype=torch.int32),
+    )
+
+
+def route_launch(width: int, depth: int, dim: int, dtype: torch.dtype, *, variant: bool = False) -> Launch:
+    """Hidden states of 1536 for the paper's router, or for the variant with all that it leaves out."""
+    B, T, heads = 2, num_slots(width, depth), 4
+    shapes = weight_shapes(1536, depth, dim, 4 * dim, variant, variant, variant)
+    return route_triton.launch(
+        meta(B, T, 1536, dtype=dtype),
+        meta(sum(math.prod(shape) for shape in shapes.values()), dtype=torch.float32),
+        width,
+        depth,
+        dim,
+        heads,
+        4 * dim,
+        variant,
+        variant,
+        variant,
+        meta(B, dtype=torch.int32),
+        uniforms=meta(B, dtype=torch.float64),
+        valid=meta(B, T, dtype=torch.bool),
+        active=meta(B, dtype=torch.bool),
+        flag=meta(1, dtype=torch.int32),
+    )
+
+
+KERNELS: dict[str, Callable[[], Launch]] = {
     **{
-        f"tree_attention bfloat16 d{d} rows {rows}": (rows, d, torch.bfloat16, {})
+        f"tree_attention bfloat16 d{d} rows {rows}": partial(tree_attention_launch, rows, d, torch.bfloat16)
         for d in (64, 128, 256)
         for rows in (16, 32, 64)
     },
-    "tree_attention bfloat16 d192/128 rows 16": (16, 192, torch.bfloat16, {"value_size": 128}),
-    **{f"tree_attention float32 d{d} rows 16": (16, d, torch.float32, {}) for d in (64, 128, 256)},
+    "tree_attention bfloat16 d192/128 rows 16": partial(tree_attention_launch, 16, 192, torch.bfloat16, value_size=128),
     **{
-        f"tree_attention {str(dtype)[6:]} d{d} rows {rows}, all features": (rows, d, dtype, {"features": True})
+        f"tree_attention float32 d{d} rows 16": partial(tree_attention_launch, 16, d, torch.float32)
+        for d in (64, 128, 256)
+    },
+    **{
+        f"tree_attention {str(dtype)[6:]} d{d} rows {rows}, all features": partial(
+            tree_attention_launch, rows, d, dtype, features=True
+        )
         for dtype, d, rows in (
             (torch.bfloat16, 64, 16),
             (torch.bfloat16, 64, 64),
@@ -152,7 +224,36 @@ KERNELS: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
             (torch.float32, 256, 16),
         )
     },
+    "commit_ 28 layers bfloat16 d128, 1 move": partial(commit_launch, 28, 2, 128, torch.bfloat16, moves=1),
+    "commit_ 36 layers bfloat16 d128, 12 moves": partial(commit_launch, 36, 8, 128, torch.bfloat16, moves=12),
+    "commit_ 80 layers float32 d256, 39 moves": partial(commit_launch, 80, 8, 256, torch.float32, moves=39),
+    **{
+        f"{op} {str(dtype)[6:]}, filters: {filters}": partial(sample_launch, dtype, filters=filters, draws=draws)
+        for op, draws in (("sample_children", True), ("top_children", False))
+        for dtype in (torch.float32, torch.bfloat16)
+        for filters in ("none", "numbers", "rows")
+    },
+    **{
+        f"route {str(dtype)[6:]} p{dim} K{width} L{depth}{', variant' if variant else ''}": partial(
+            route_launch, width, depth, dim, dtype, variant=variant
+        )
+        for dtype, dim, width, depth, variant in (
+            (torch.bfloat16, 128, 3, 1, False),
+            (torch.bfloat16, 128, 3, 2, False),
+            (torch.bfloat16, 128, 3, 2, True),
+            (torch.float16, 128, 1, 1, False),
+            (torch.float32, 128, 16, 1, True),
+            (torch.float32, 256, 3, 3, False),
+        )
+    },
 }
+
+
+def compile_for(launch: Launch, arch: int) -> Any:
+    """What Triton makes of a launch for a GPU of this compute capability."""
+    return triton.compile(
+        source(launch.kernel, launch.arguments), target=GPUTarget("cuda", arch, 32), options=launch.options
+    )
 
 
 def resources(
@@ -161,15 +262,10 @@ def resources(
     """Compiles; one record per kernel and architecture, with the seconds that compiling took."""
     records = []
     for name in kernels:
-        rows, head_size, dtype, options = KERNELS[name]
-        launch = tree_attention_launch(rows, head_size, dtype, **options)
+        launch = KERNELS[name]()
         for arch in architectures:
             start = time.perf_counter()
-            compiled = triton.compile(
-                source(tree_attention_triton.tree_attention_kernel, launch.arguments),
-                target=GPUTarget("cuda", arch, 32),
-                options=launch.options,
-            )
+            compiled = compile_for(launch, arch)
             seconds = time.perf_counter() - start
             registers, spilled = assembler_report(compiled.asm["ptx"], arch)
             shared, warps = compiled.metadata.shared, launch.options["num_warps"]

@@ -10,7 +10,7 @@ import simt_build
 import torch
 
 from lbr_kernels.ops import _extension, _flags, _registry
-from lbr_kernels.ops._backends import BACKENDS, CUDA_OPS, HALF, Backend
+from lbr_kernels.ops._backends import BACKENDS, GPU_OPS, HALF, Backend
 
 NAME = "cuda-simt"
 _libraries: list[torch.library.Library] = []  # what they define lasts as long as they do
@@ -22,7 +22,7 @@ def compile_kernels(sources: Sequence[Path], namespace: str) -> ModuleType:
     module = simt_build.build(sources, name=namespace, flags=[*flags, f"-DLBR_LIBRARY={namespace}"])
     library = torch.library.Library(namespace, "DEF")
     library.define("prepare(Tensor(a!) word) -> ()")
-    for op in CUDA_OPS:
+    for op in GPU_OPS:
         arguments, result = _registry.SCHEMAS[op].rsplit(" -> ", 1)
         library.define(f"{op}{arguments[:-1]}, int isa=0) -> {result}", tags=torch.Tag.pt2_compliant_tag)
         fake = _registry.FAKES[op]
@@ -46,7 +46,7 @@ BACKENDS[NAME] = Backend(
     NAME,
     device="cpu",
     fewer_dtypes={"tree_attention": HALF},
-    ops=frozenset(CUDA_OPS),
+    ops=frozenset(GPU_OPS),
     namespace="lbr_kernels_simt",
     extra={"isa": 0},
     load=_load,

@@ -8,7 +8,7 @@ from support import BACKENDS, device_of, to_device
 from test_route import random_router
 
 from lbr_kernels import ops
-from lbr_kernels.ops._backends import CUDA_OPS
+from lbr_kernels.ops._backends import GPU_OPS
 
 NAN, INF = float("nan"), float("inf")
 
@@ -332,7 +332,7 @@ def test_backends_by_name_do_not_fall_back(name):
     ]()
     with pytest.raises(RuntimeError, match=f"{name}: backend 'gpu' cannot run: there is no such backend, known are"):
         op(**arguments, backend="gpu")
-    missing = "it takes tensors on cuda, got cpu" if name in CUDA_OPS else f"it has no {name}"
+    missing = "it takes tensors on cuda, got cpu" if name in GPU_OPS else f"it has no {name}"
     with pytest.raises(RuntimeError, match=f"{name}: backend 'cuda' cannot run: {missing}; the nearest accepted"):
         op(**arguments, backend="cuda")
     meta = {

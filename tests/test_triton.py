@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +11,7 @@ from hypothesis import strategies as st
 from support import DTYPES, assert_within_budget, device_of, pack_mask, random_trees, to_device
 from test_tree_attention import VARIANTS, plain_attention, problem, unrolled
 from torch import Tensor
+from triton_guards import ahead_of_time
 
 from lbr_kernels import ops
 from lbr_kernels.ops import tree_attention_triton
@@ -317,16 +313,7 @@ def test_head_size_is_limited():
 
 
 def test_kernels_compile_without_spills():
-    """Ahead of time, for a GPU that need not be here; in a process of its own, in which nothing is interpreted."""
     pytest.importorskip("rich")
-    code = (
-        "import json, triton_resources as r\n"
-        "print(json.dumps(r.resources(['tree_attention bfloat16 d64 rows 16, all features'], [90])))"
-    )
-    bench = Path(__file__).resolve().parent.parent / "bench"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=bench, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (record,) = json.loads(done.stdout)
+    (record,) = ahead_of_time("r.resources(['tree_attention bfloat16 d64 rows 16, all features'], [90])")
     assert record["spill_bytes"] == 0
     assert record["blocks_per_sm"] >= 2

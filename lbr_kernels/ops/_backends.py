@@ -22,8 +22,7 @@ from lbr_kernels.ops import _extension, _flags
 from lbr_kernels.ops._checks import FLOATING
 
 HALF = (torch.float16, torch.bfloat16)
-CUDA_OPS = ("commit_", "route", "sample_children", "top_children", "tree_attention")
-TRITON_OPS = ("tree_attention",)
+GPU_OPS = ("commit_", "route", "sample_children", "top_children", "tree_attention")
 OLDEST_GPU = (8, 0)
 
 
@@ -146,11 +145,11 @@ BACKENDS: dict[str, Backend] = {
             "cuda",
             device="cuda",
             fewer_dtypes={"tree_attention": HALF},
-            ops=frozenset(CUDA_OPS),
+            ops=frozenset(GPU_OPS),
             nearest="triton",
             load=_load_cuda,
         ),
-        Backend("triton", ops=frozenset(TRITON_OPS), suffix="_triton", load=_load_triton),
+        Backend("triton", ops=frozenset(GPU_OPS), suffix="_triton", load=_load_triton),
     )
 }
 

@@ -37,17 +37,21 @@ def word(device: torch.device) -> Tensor:
         RuntimeError: that is inside a graph capture, where nothing can be made to last.
     """
     if device not in _words:
-        on_gpu = device.type == "cuda"
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"the first call of a kernel on {device} is captured, expected one call before the capture"
             )
-        # Whatever modes the first call is in, this is a plain tensor for all later ones.
-        with torch.inference_mode(False), unset_fake_temporarily(), _disable_current_modes():
-            _words[device] = torch.zeros(1, dtype=torch.int32, device=device)
-        if on_gpu:
-            torch.cuda.synchronize(device)  # it is zero for the kernels of all streams
+        _words[device] = lasting_zeros(1, device)
     return _words[device]
+
+
+def lasting_zeros(count: int, device: torch.device) -> Tensor:
+    """int32 ``[count]`` that all later calls may use: a plain tensor, whatever modes the first one is in."""
+    with torch.inference_mode(False), unset_fake_temporarily(), _disable_current_modes():
+        zeros = torch.zeros(count, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # they are zero for the kernels of all streams
+    return zeros
 
 
 def with_index(device: torch.device) -> torch.device:

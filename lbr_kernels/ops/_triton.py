@@ -12,12 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbr_kernels.ops import _flags, _registry, tree_attention_triton
-from lbr_kernels.ops.tree_attention import check_arguments
+from lbr_kernels.ops import _flags, _registry
+from lbr_kernels.ops._triton_support import interpreting
+from lbr_kernels.ops.commit import check_arguments as check_commit
+from lbr_kernels.ops.commit_triton import commit_triton
+from lbr_kernels.ops.route import check_arguments as check_route
+from lbr_kernels.ops.route_triton import route_triton
+from lbr_kernels.ops.sample_children import check_sampling_arguments, check_top_arguments
+from lbr_kernels.ops.sample_children_triton import sample_children_triton, top_children_triton
+from lbr_kernels.ops.tree_attention import check_arguments as check_attention
+from lbr_kernels.ops.tree_attention_triton import tree_attention_triton
 
 # By op: the kernel, and what checks its arguments.
 KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
-    "tree_attention": (tree_attention_triton.tree_attention_triton, check_arguments),
+    "tree_attention": (tree_attention_triton, check_attention),
+    "commit_": (commit_triton, check_commit),
+    "sample_children": (sample_children_triton, check_sampling_arguments),
+    "top_children": (top_children_triton, check_top_arguments),
+    "route": (route_triton, check_route),
 }
 
 
@@ -28,14 +40,15 @@ def register() -> None:
         name = f"{op}_triton"
         _registry.LIBRARY.define(name + _registry.SCHEMAS[op], tags=torch.Tag.pt2_compliant_tag)
         _registry.LIBRARY.impl(name, _checked(kernel, check), "CUDA")
-        if tree_attention_triton.interpreting():
+        if interpreting():
             _registry.LIBRARY.impl(name, _checked(kernel, check), "CPU")
         torch.library.register_fake(f"lbr_kernels::{name}", _registry.FAKES[op], lib=_registry.LIBRARY)
 
 
 def _checked(kernel: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
-    def run(lead: Tensor, *args: Any, **kwargs: Any) -> Any:
-        check(lead, *args, **kwargs)
-        return kernel(lead, *args, **kwargs, flag=_flags.word(lead.device))
+    def run(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        return kernel(*args, **kwargs, flag=_flags.word(device))
 
     return run

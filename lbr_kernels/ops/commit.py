@@ -118,6 +118,7 @@ def check_arguments(
     device = prefix_lens.device
     check.shape("prefix_lens", prefix_lens, (Axis("B"),))
     check.dtype("prefix_lens", prefix_lens, torch.int32)
+    check.last_contiguous("prefix_lens", prefix_lens)
     (B,) = prefix_lens.shape
     check.side_input("sources", sources, torch.int32, (Axis("B", B), Axis("M")), device)
     check.side_input("num_moves", num_moves, torch.int32, (Axis("B", B),), device)

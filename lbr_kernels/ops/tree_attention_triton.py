@@ -11,9 +11,6 @@ from its row's actual length. Results are deterministic, but the number of split
 depends on the whole batch's shape. A row whose ``prefix_lens`` or ``num_nodes`` is out of range is not read: its output
 and log-sum-exp are NaN, and ``flag``, where given, gets a bit of ``_flags``.
 
-Import this file only where it is asked for: it needs ``triton``, which is an extra. Where ``TRITON_INTERPRET=1`` was
-set before Triton was imported, kernels run on CPU tensors, slowly, for tests; see :func:`interpreting`.
-
 One compiled kernel serves one combination of: dtype; head size and value size; block sizes (:func:`block_sizes`: the
 rows of a tile come in three sizes); which of ``num_nodes``, ``depths``, ``sinks``, ``alibi_slopes``, ``window``,
 ``softcap`` and ``flag`` are there; and whether query and caches, and each of their strides, are multiples of 16, which
@@ -31,7 +28,6 @@ of 2^(score - top), and of 2^(score - top) * value; the empty state is (-inf, 0,
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -41,6 +37,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lbr_kernels.ops._triton_support import Launch, arrive, interpreting, stride
 
 MAX_HEAD_SIZE = 256
 MAX_SPLITS = 128
@@ -408,16 +406,9 @@ def tree_attention_kernel(
         )
         tl.store(tops_at + mine, top, mask=exists)
         tl.store(tops_at + mine + BLOCK_ROWS, total, mask=exists)
-        # The atomic is one thread's. The barrier puts all threads' stores before it; release, at the scope of the
-        # device, makes them visible to whoever sees the count; acquire does so for the one who reads.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters + tile_index, 1, sem="acq_rel", scope="gpu")
-        if arrived == used - 1:
-            # Left as it was found: a later launch may use the same counters.
-            tl.store(counters + tile_index, 0)
-            # Some columns at a time, so that several parts are under way in few registers. Loads are from the level-2
-            # cache (.cg), where other multiprocessors' stores are: this one's level 1 is not kept up to date with them,
-            # and nothing here is read twice.
+        if arrive(counters + tile_index, used):
+            # Some columns at a time, so that several parts are under way in few registers. Loads are past the level-1
+            # cache (.cg), and nothing here is read twice.
             for piece in tl.static_range(BLOCK_VALUE // MERGE_COLUMNS):
                 columns = piece * MERGE_COLUMNS + tl.arange(0, MERGE_COLUMNS)
                 sums_at = parts + in_part[:, None] * VALUE_SIZE + columns[None, :]
@@ -493,20 +484,6 @@ def choose_splits(tiles: int, slots: int, block_keys: int, programs: int) -> int
     return next(n for n, e in enumerate(efficiency, 1) if e >= 0.85 * max(efficiency))
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A grid, the kernel's arguments by name, and the options that are not arguments."""
-
-    programs: int
-    arguments: dict[str, Any]
-    options: dict[str, int]
-
-
-def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors, instead of its compiler."""
-    return not isinstance(tree_attention_kernel, triton.JITFunction)
-
-
 def tree_attention_triton(
     query: Tensor,
     key_cache: Tensor,
@@ -543,8 +520,7 @@ def tree_attention_triton(
         query, key_cache, value_cache, prefix_lens, ancestors, target, lse, **features,
         multiprocessors=_multiprocessors(query.device),
     )  # fmt: skip
-    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        tree_attention_kernel[(call.programs,)](**call.arguments, **call.options)
+    call.run(query.device)
     return (out.copy_(target) if target is not out else out), lse
 
 
@@ -602,9 +578,9 @@ def launch(
         "lse": lse,
         "parts": parts,
         "counters": counters,
-        "mask_row_stride": _stride(ancestors, 0),
-        "mask_node_stride": _stride(ancestors, 1),
-        "depth_stride": 0 if depths is None else _stride(depths, 0),
+        "mask_row_stride": stride(ancestors, 0),
+        "mask_node_stride": stride(ancestors, 1),
+        "depth_stride": 0 if depths is None else stride(depths, 0),
         "Hk": Hk,
         "group": Hq // Hk,
         "N": N,
@@ -631,14 +607,10 @@ def launch(
     }
     for name, tensor, axis in (("query", query, "node"), ("key", key_cache, "slot"), ("value", value_cache, "slot")):
         for i, step in enumerate(("row", "head", axis)):
-            arguments[f"{name}_{step}_stride"] = _stride(tensor, i)
+            arguments[f"{name}_{step}_stride"] = stride(tensor, i)
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "maxnreg": blocks.registers}
-    return Launch(all_tiles * splits, arguments, options)
-
-
-def _stride(tensor: Tensor, axis: int) -> int:
-    # That of an axis of size 1 may be anything; 0 keeps it from asking for a kernel of its own.
-    return tensor.stride(axis) if tensor.shape[axis] > 1 else 0
+    options["enable_fp_fusion"] = True  # later versions of Triton may no longer do so unasked
+    return Launch(tree_attention_kernel, all_tiles * splits, arguments, options)
 
 
 @functools.cache
