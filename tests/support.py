@@ -17,14 +17,18 @@ def device_of(backend: str | None) -> torch.device:
     return torch.device("cuda" if backend in ON_GPU and torch.cuda.is_available() else "cpu")
 
 
-def backends_of(op: str) -> list:
+def backends_of(op: str, *, interpreted: bool = True) -> list:
     """The backends that have ``op``, as parameters; those that do not run here are skipped, saying why.
 
-    Without a GPU ``"cuda-simt"`` stands for ``"cuda"``.
+    Without a GPU ``"cuda-simt"`` stands for ``"cuda"``. Triton's interpreter takes seconds for a launch of a large
+    problem: where ``interpreted`` is False, ``"triton"`` is there on a GPU only, and has smaller problems in tests of
+    its own.
     """
     params = []
     for name, backend in ALL_BACKENDS.items():
-        if (backend.ops is None or op in backend.ops) and (name != "cuda" or torch.cuda.is_available()):
+        if not torch.cuda.is_available() and (name == "cuda" or (name == "triton" and not interpreted)):
+            continue
+        if backend.ops is None or op in backend.ops:
             reason = ops.backends(device_of(name))[op][name]
             params.append(pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")))
     return params

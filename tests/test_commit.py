@@ -12,7 +12,7 @@ from torch import Tensor
 from lbr_kernels import ops
 from lbr_kernels.decoding.tree import LookaheadTree
 
-BACKENDS = backends_of("commit_")
+BACKENDS = backends_of("commit_", interpreted=False)
 
 
 def commit_(caches: list[Tensor], lens: Tensor, *args: object, backend: str, **kwargs: object) -> None:

@@ -10,7 +10,7 @@ from support import DTYPES, assert_within_budget, backends_of, device_of, to_dev
 from lbr_kernels import Router, RouterConfig, ops
 from lbr_kernels.ops.tree_shape import num_slots
 
-BACKENDS = backends_of("route")
+BACKENDS = backends_of("route", interpreted=False)
 # (2, 4) is the smallest tree in which a path that ends early could be counted twice beside others.
 SHAPES = [(1, 1), (2, 1), (3, 1), (16, 1), (1, 3), (3, 2), (4, 2), (2, 3), (2, 4)]
 VARIANTS = [
