@@ -77,6 +77,12 @@ KERNELS = (
         lambda found: f"commit {UNIT_BYTES[found[1]]} bytes at a time",
         lambda found: None,
     ),
+    Kernel(
+        re.compile(r"route_kernelILb([01])ELi([12])EE"),
+        12,
+        lambda found: f"route dim<={128 * int(found[2])}, weights {'on chip' if int(found[1]) else 'streamed'}",
+        lambda found: ("route", found[1], str(128 * int(found[2]))),
+    ),
 )
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -88,9 +94,12 @@ def shared_bytes() -> dict[tuple[str, ...], int]:
     shim = Path(__file__).parent.parent / "tests" / "simt"
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "tiles")
-        include = [f"-I{_extension.source_dir()}", f"-I{shim}"]
+        csrc = _extension.source_dir()
+        include = [f"-I{csrc}", f"-I{csrc / 'cuda'}", f"-I{shim}"]
         compiler = os.environ.get("CXX", "c++")
-        subprocess.run([compiler, "-std=c++17", "-DLBR_SIMT", *include, str(TILES), "-o", program], check=True)
+        sources = [str(TILES), str(shim / "simt.cpp")]
+        flags = ["-std=c++17", "-DLBR_SIMT", "-fno-strict-aliasing"]
+        subprocess.run([compiler, *flags, *include, *sources, "-o", program], check=True)
         lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
     return {tuple(shape): int(size) for *shape, size in map(str.split, lines)}
 
