@@ -9,9 +9,10 @@ from support import device_of, to_device
 from test_bad_input import attention, commit, product, routing, sample, top
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lbr_kernels import ops
+from lbr_kernels import Router, RouterConfig, ops
 from lbr_kernels.ops import _flags, _preferences, _registry
 from lbr_kernels.ops._backends import BACKENDS
+from lbr_kernels.ops.route import gpu_backends as route_backends
 from lbr_kernels.ops.tree_attention import gpu_backends
 
 
@@ -81,6 +82,23 @@ def test_flags_outlive_the_mode_of_the_first_call(monkeypatch):
     with pytest.raises(RuntimeError, match=r"prefix_lens was not in .*; tree_attention: a row's num_nodes was not in"):
         ops.raise_if_flagged("cpu")
     ops.raise_if_flagged("cpu")
+
+
+def test_which_gpu_kernels_take_a_router():
+    """backend=None goes past "cuda" where that refuses: the two agree, as the shim's messages show."""
+    assert ops.backends("cpu")["route"][simt_backend.NAME] is None
+    for width, depth, dim, heads in (
+        (3, 1, 128, 4), (32, 1, 8, 2), (33, 1, 8, 2), (2, 3, 6, 1), (2, 1, 260, 65), (2, 2, 12, 1),
+    ):  # fmt: skip
+        router = Router(RouterConfig(hidden_size=8, depth=depth, dim=dim, num_heads=heads))
+        weights, slots = router.packed(), sum(width**layer for layer in range(1, depth + 1))
+        order = route_backends(weights, width, depth)
+        try:
+            ops.route(torch.randn(1, slots, 8), weights, width=width, depth=depth, backend=simt_backend.NAME)
+            taken = True
+        except RuntimeError as error:
+            taken = "the nearest accepted backend is 'triton'" not in str(error)
+        assert order == (("cuda", "triton") if taken else ("triton",))
 
 
 def test_which_gpu_kernels_take_a_tensor():

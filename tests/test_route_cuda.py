@@ -247,7 +247,7 @@ def test_what_it_does_not_take(case):
     hidden = torch.randn(2, num_slots(call["width"], call["depth"]), 20)
     with pytest.raises(RuntimeError) as error:
         decide(router, hidden, **call)
-    assert str(error.value) == f"route: {message} for backend 'cuda'; the nearest accepted backend is 'reference'"
+    assert str(error.value) == f"route: {message} for backend 'cuda'; the nearest accepted backend is 'triton'"
     assert decide(router, hidden, backend="reference", **call)[0].isfinite().all()
 
 

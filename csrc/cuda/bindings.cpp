@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor> route(const Tensor& hidden, const Tensor& weights, in
   const OnDeviceOf device(hidden);
   const gpu::Device properties = gpu::current_device();
   const std::string unsupported = gpu::route_unsupported(p, properties);
-  check(unsupported.empty(), unsupported, " for backend 'cuda'; the nearest accepted backend is 'reference'");
+  check(unsupported.empty(), unsupported, " for backend 'cuda'; the nearest accepted backend is 'triton'");
 
   Tensor log_probs = torch::stable::new_empty(hidden, {p.batch, width}, ScalarType::Float);
   Tensor choice = torch::stable::new_empty(hidden, {p.batch}, ScalarType::Long);

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lbr_kernels.ops import _registry
+from lbr_kernels.ops import _preferences, _registry
 from lbr_kernels.ops._checks import Axis, Checker, has_values, number
 from lbr_kernels.ops.tree_shape import num_slots, path_masks, path_slots
 
@@ -114,8 +114,28 @@ def route(
     result: tuple[Tensor, Tensor] = _registry.call(
         "route", backend, hidden, hidden, weights.data, width, depth, *weights[3:],
         temperature=temperature, uniforms=uniforms, valid=valid, active=active,
+        prefer=lambda: gpu_backends(weights, width, depth),
     )  # fmt: skip
     return result
+
+
+def gpu_backends(weights: RouterWeights, width: int, depth: int) -> tuple[str, ...]:
+    """The backends that take such a router on a GPU, the fastest first; csrc/cuda/route.cu refuses in words."""
+    head = weights.dim // weights.num_heads
+    taken = (
+        width <= 32
+        and depth <= 255
+        and weights.dim % 4 == 0
+        and weights.dim <= 256
+        and head in (4, 8, 16, 32, 64, 128)
+        and weights.ffn_dim % 4 == 0
+        and num_slots(width, depth) <= _MOST_SLOTS
+    )
+    return tuple(name for name in _preferences.of_op("route") if name != "cuda" or taken)
+
+
+# A row's tables, ten bytes for a slot and as many paths, fit the shared memory of every GPU with compute capability 8.
+_MOST_SLOTS = 8192
 
 
 @_registry.reference("route")
