@@ -19,7 +19,8 @@ from test_invariants import seeded, trained_looking_router
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from lbr_kernels import DecodingStats, Router, WarmUp, check_model, generate, release, warmup
@@ -107,6 +108,28 @@ def test_a_text_that_outgrows_its_window():
 def test_filters(llama, filters, do_sample):
     a, b = both(llama, input_ids=IDS, do_sample=do_sample, max_new_tokens=15, **{"top_k": 0, **filters})
     assert_same(a, b)
+
+
+@pytest.mark.parametrize("criteria", [
+    [MaxLengthCriteria(12)], [MaxLengthCriteria(40)], [EosTokenCriteria(list(range(25)))],
+])  # fmt: skip
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_callers_own_limits(llama, criteria, depth):
+    """They take the place of the config's, as in model.generate."""
+    call = {"stopping_criteria": StoppingCriteriaList(criteria), "max_new_tokens": 8, "eos_token_id": [5]}
+    a, b = both(llama, input_ids=IDS, depth=depth, **call, **SAMPLED)
+    assert_same(a, b)
+    greedy = {"do_sample": False, "width": 1, **call}
+    own = llama.generate(IDS, stopping_criteria=call["stopping_criteria"], max_new_tokens=8, eos_token_id=[5])
+    for out in both(llama, input_ids=IDS, **greedy):
+        assert torch.equal(out.sequences, own)
+
+
+def test_another_vocabulary_needs_another_step():
+    model = tiny_llama()
+    for size in (53, 70, 60):
+        model.resize_token_embeddings(size)
+        assert_same(*both(model, input_ids=IDS, max_new_tokens=5, **SAMPLED))
 
 
 def test_return_sequences_streams_and_caches(llama):
@@ -654,8 +677,18 @@ def test_warmup_on_a_cpu(llama):
     ({"max_length": 0}, "max_length is 0, expected an integer >= 1"),
     ({"max_length": 9, "batch_size": 2.0}, "batch_size is 2.0, expected an integer >= 1"),
     ({"max_length": 9, "width": 0}, "width is 0"),
+    ({"max_length": 9, "eos_token_id": "a"}, "eos_token_id is 'a', expected an integer or several"),
     ({"max_length": 9, "engine": "graph"}, "engine 'graph' cannot run: the model is on cpu"),
 ])  # fmt: skip
 def test_warmup_refuses(llama, arguments, message):
     with pytest.raises(ValueError, match=message):
         warmup(llama, **arguments)
+
+
+def test_warmup_and_release_of_what_cannot_be(llama):
+    with pytest.raises(TypeError, match="has an unknown setting, expected some of width, depth"):
+        warmup(llama, max_length=9, temperature=0.5)
+    with pytest.raises(RuntimeError, match="warmup: tree_attention: backend 'cuda' cannot run: it takes"):
+        warmup(llama, max_length=9, backend="cuda")
+    with pytest.raises(TypeError, match="release: model is a NoneType, expected a model"):
+        release(None)

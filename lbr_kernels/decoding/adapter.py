@@ -71,6 +71,13 @@ class ModelAdapter:
         return weight.shape[-1]
 
     @property
+    def vocabulary(self) -> int:
+        """Width of the head's output."""
+        weight = self.head.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[0]
+
+    @property
     def last_position(self) -> int | None:
         """The last position that the model can embed; None if its positions have no end (rotary, ALiBi, none)."""
         config = self.model.config.get_text_config(decoder=True)

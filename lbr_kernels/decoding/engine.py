@@ -68,6 +68,7 @@ class StepKey:
     draw_children: bool
     draw_choice: bool
     num_eos: int
+    vocabulary: int
     layers: tuple[Any, ...]
     router: tuple[Any, ...]
     backend: str | None
@@ -152,7 +153,8 @@ def _obstacle(
     if config.trie:
         return "trie is on, whose shapes change from step to step"
     if builtin_filters(processors) is None:
-        return f"the logits processors are {[type(p).__name__ for p in processors]}, more than the built-in filters"
+        names = [type(processor).__name__ for processor in processors]
+        return f"the logits processors are {names}, more than the built-in filters as transformers orders and sets them"
     others = [type(c).__name__ for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
     if others:
         return f"the stopping criteria have {others}, which the host evaluates at every step"
@@ -226,8 +228,8 @@ def kept_step(
     """
     key = StepKey(
         rows, width, depth, capacity_class(length) + num_slots(width, depth), draw_children, draw_choice, num_eos,
-        _layers_key(prefilled), (routing.temperature, routing.weights and routing.weights[1:]), routing.backend,
-        _model_key(model) if captured else None,
+        adapter.vocabulary, _layers_key(prefilled), (routing.temperature, routing.weights and routing.weights[1:]),
+        routing.backend, _model_key(model) if captured else None,
     )  # fmt: skip
     with _making:
         kept = _steps.setdefault(model, {})
@@ -311,7 +313,12 @@ def release(model: nn.Module) -> None:
 
     Calls that come later make new ones. Without effect on a call that is under way. ``torch.cuda.empty_cache()`` gives
     the memory back to the device.
+
+    Raises:
+        TypeError: that is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"release: model is a {type(model).__name__}, expected a model")
     with _making:
         for module in model.modules():  # a wrapper's model is among them
             _steps.pop(module, None)

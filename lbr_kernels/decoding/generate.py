@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation.stopping_criteria import StopStringCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import TransformersKwargs
 
@@ -238,7 +238,7 @@ class _Call:
             stats.model_calls += 1
             lens = _prompt_lens(prompt_kwargs.get("attention_mask"), prefilled, len(prompt_ids)).to(device)
             next_positions = _last_positions(prompt_kwargs, lens).to(device).repeat_interleave(repeats) + 1
-            limits = _limits(adapter, generation_config, input_ids.shape[1], next_positions)
+            limits = _limits(adapter, generation_config, criteria, input_ids.shape[1], next_positions)
 
         tree_nodes = num_slots(config.width, config.depth)
         seed = _draw_seed(self.generator) if do_sample or draw_choice else None
@@ -527,17 +527,25 @@ def _last_positions(model_kwargs: dict[str, Any], lens: Tensor) -> Tensor:
 
 
 def _limits(
-    adapter: ModelAdapter, generation_config: GenerationConfig, prompt_width: int, next_positions: Tensor
+    adapter: ModelAdapter,
+    generation_config: GenerationConfig,
+    criteria: StoppingCriteriaList,
+    prompt_width: int,
+    next_positions: Tensor,
 ) -> Limits:
     eos, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
     device = next_positions.device
+    # A caller's own criteria of these kinds have taken the place of those that the config asks for.
+    max_length = min([c.max_length for c in criteria if type(c) is MaxLengthCriteria] or [generation_config.max_length])
+    if ends := [c.eos_token_id.view(-1) for c in criteria if type(c) is EosTokenCriteria]:
+        eos = torch.cat([end.to(device) for end in ends])
     last = adapter.last_position
     if last is not None and int(next_positions.max()) > last:
         raise ValueError(
             f"generate: a prompt ends at position {int(next_positions.max()) - 1}, "
             f"expected less than the model's last position, {last}"
         )
-    max_new_tokens = generation_config.max_length - prompt_width
+    max_new_tokens = max_length - prompt_width
     if last is not None and int(next_positions.max()) + max_new_tokens - 1 > last:
         warnings.warn(
             f"generate: {max_new_tokens} new tokens go past the model's last position, {last}; texts end there",

@@ -11,6 +11,7 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 
+from lbr_kernels import ops
 from lbr_kernels.decoding.adapter import ModelAdapter, require_supported
 from lbr_kernels.decoding.config import LBRConfig
 from lbr_kernels.decoding.engine import NotFixedError, engine_obstacle, kept_step
@@ -56,16 +57,28 @@ def warmup(
 
     Raises:
         ValueError: an argument out of its range, or the model, or an engine asked for by name, cannot be had.
-        RuntimeError: an engine asked for by name fails on this model.
+        RuntimeError: an engine or a backend asked for by name cannot run.
     """
     start = time.perf_counter()
+    model = unwrapped(model)
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"warmup: {name} is {value!r}, expected an integer >= 1")
     if config is not None and settings:
         raise ValueError(f"warmup: config and {sorted(settings)[0]} are given; give one")
-    config = config or LBRConfig(**settings)
-    model = unwrapped(model)
+    try:
+        config = config or LBRConfig(**settings)
+    except TypeError as error:
+        known = ", ".join(LBRConfig.__dataclass_fields__)
+        raise TypeError(f"warmup: {sorted(settings)} has an unknown setting, expected some of {known}") from error
+    ends = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
+    ends = [ends] if isinstance(ends, int) else [] if ends is None else ends
+    if isinstance(ends, str) or not all(isinstance(end, int) for end in ends):
+        raise ValueError(f"warmup: eos_token_id is {eos_token_id!r}, expected an integer or several")
+    for op in ("tree_attention", "commit_", "sample_children"):
+        reason = None if config.backend is None else ops._backends.unavailable(config.backend, op, model.device)
+        if reason is not None:
+            raise RuntimeError(f"warmup: {op}: backend {config.backend!r} cannot run: {reason}")
     require_supported(model)
     adapter, stats = ModelAdapter(model, backend=config.backend), DecodingStats()
     routing = Routing(
@@ -80,13 +93,12 @@ def warmup(
     if reason is None:
         prefilled = DynamicCache(config=model.config)
         adapter.head_inputs(torch.zeros((1, 1), dtype=torch.int64, device=model.device), prefilled)
-        ends = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
         try:
             kept_step(
                 model, adapter, prefilled, rows=batch_size, width=config.width, depth=config.depth,
                 length=max_length, draw_children=do_sample,
                 draw_choice=do_sample if config.router_do_sample is None else config.router_do_sample,
-                num_eos=0 if ends is None else 1 if isinstance(ends, int) else len(ends), routing=routing,
+                num_eos=len(ends), routing=routing,
                 captured=config.engine != "static", stats=stats,
             )  # fmt: skip
             engine = config.engine or "graph"
