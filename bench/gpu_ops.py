@@ -194,7 +194,8 @@ class Route:
         with torch.no_grad():
             for parameter in router.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-            router.score.weight.normal_(std=0.3, generator=generator)  # type: ignore[operator]
+            for parameter in router.score.parameters():
+                parameter.normal_(std=0.3, generator=generator)
         packed = router.packed()
         hidden = torch.randn(rows, num_slots(WIDTH, depth), hidden_size, generator=generator).to(dtype)
         wide = RouterWeights(packed.data.double(), *packed[1:])

@@ -132,7 +132,8 @@ class Decoding:
         self.routers = {depth: Router.for_model(model, depth=depth) for depth in {depth for _, depth in SETTINGS}}
         for router in self.routers.values():
             # An untrained router scores all alike, and what it does would not be seen in any text.
-            torch.nn.init.normal_(router.score.weight)  # type: ignore[arg-type]
+            for parameter in router.score.parameters():
+                torch.nn.init.normal_(parameter)
 
     def prompts(self, batch: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(batch)

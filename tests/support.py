@@ -34,6 +34,11 @@ def backends_of(op: str, *, interpreted: bool = True) -> list:
     return params
 
 
+def gpu_backends_of(op: str) -> list:
+    """Those of :func:`backends_of` that are for GPUs, in tests that are for GPUs alone."""
+    return [param for param in backends_of(op) if param.values[0] in ON_GPU]
+
+
 BACKENDS = backends_of("linear")  # for the CPU
 KERNELS = [param for param in BACKENDS if param.values[0] not in ("reference", "cpu")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

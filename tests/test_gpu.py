@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import assert_within_budget, pack_mask, poison_, random_trees
+from support import assert_within_budget, gpu_backends_of, pack_mask, poison_, random_trees
 from test_tree_attention import problem
 
 from lbr_kernels import ops
@@ -20,11 +20,7 @@ from lbr_kernels import ops
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
-    for name, reason in ops.backends("cuda")["tree_attention"].items()
-    if name in ("cuda", "triton")
-]
+BACKENDS = gpu_backends_of("tree_attention")
 
 
 def on_gpu(p):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import FAMILIES, tiny_model
 from scipy.stats import chisquare
+from support import gpu_backends_of
 from test_engine import EXPERTS, IDS, RAGGED, SAMPLED, assert_same
 from test_invariants import seeded, trained_looking_router
 
@@ -20,14 +21,6 @@ from lbr_kernels.decoding import engine
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
-
-
-def backends_of(op: str) -> list:
-    return [
-        pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
-        for name, reason in ops.backends("cuda")[op].items()
-        if name in ("cuda", "triton")
-    ]
 
 
 def captured(call):
@@ -43,7 +36,7 @@ def captured(call):
 # --- the ops in graphs ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", backends_of("commit_"))
+@pytest.mark.parametrize("backend", gpu_backends_of("commit_"))
 def test_commit_in_a_graph(backend):
     """Sources, counts and lengths may change between replays."""
     g = torch.Generator().manual_seed(0)
@@ -64,7 +57,7 @@ def test_commit_in_a_graph(backend):
     ops.raise_if_flagged("cuda")
 
 
-@pytest.mark.parametrize("backend", backends_of("sample_children"))
+@pytest.mark.parametrize("backend", gpu_backends_of("sample_children"))
 @pytest.mark.parametrize("rows", [1, 8, 200])
 def test_sampling_in_a_graph(backend, rows):
     """A real vocabulary, filters that differ by row; token for token the CPU kernel's."""
@@ -92,7 +85,7 @@ def test_sampling_in_a_graph(backend, rows):
     ops.raise_if_flagged("cuda")
 
 
-@pytest.mark.parametrize("backend", backends_of("sample_children"))
+@pytest.mark.parametrize("backend", gpu_backends_of("sample_children"))
 def test_ten_million_draws(backend):
     """Frequencies by chi-square; a token of probability zero is never drawn."""
     logits = torch.randn(1, 500, generator=torch.Generator().manual_seed(0))
@@ -111,7 +104,7 @@ def test_ten_million_draws(backend):
     assert chisquare(counts[left].numpy(), expected.numpy()).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("backend", backends_of("route"))
+@pytest.mark.parametrize("backend", gpu_backends_of("route"))
 @pytest.mark.parametrize(("batch", "width", "depth"), [(8, 3, 1), (1, 3, 2), (64, 3, 3), (8, 16, 2)])
 def test_routing_in_a_graph(backend, batch, width, depth):
     g = torch.Generator().manual_seed(batch)

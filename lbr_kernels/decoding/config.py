@@ -68,3 +68,7 @@ class LBRConfig:
             raise ValueError(
                 f"generate: candidate_min_p is {self.candidate_min_p!r}, expected 0 <= candidate_min_p <= 1"
             )
+
+    def draws_choice(self, do_sample: bool) -> bool:
+        """Whether the choice is drawn in a call with this ``do_sample``."""
+        return do_sample if self.router_do_sample is None else self.router_do_sample

@@ -20,7 +20,7 @@ import copy
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -255,6 +255,43 @@ def kept_step(
             raise NotFixedError(made.reason)
         kept[key] = made.step
         return made.step
+
+
+def take_step(
+    caller: str,
+    model: PreTrainedModel,
+    config: LBRConfig,
+    adapter: ModelAdapter,
+    prefilled: Cache,
+    stats: DecodingStats,
+    stack: ExitStack | None,
+    **shape: Any,
+) -> KeptStep | None:
+    """:func:`kept_step` for whoever calls it by a config, with ``stats`` saying how it is run and why.
+
+    Args:
+        caller: begins a message.
+        stack: the step is the caller's until it unwinds; None only has it made.
+        **shape: as for :func:`kept_step`.
+
+    Returns:
+        The step; None if it cannot be had and another engine will do.
+
+    Raises:
+        RuntimeError: it cannot be had, and was asked for by name.
+    """
+    try:
+        step = kept_step(model, adapter, prefilled, captured=config.engine != "static", stats=stats, **shape)
+        if stack is not None:
+            stack.enter_context(step.in_call(adapter))
+    except NotFixedError as error:
+        if config.engine is not None:
+            raise RuntimeError(f"{caller}: engine {config.engine!r} cannot run: {error}") from error
+        stats.engine_reason = str(error)
+        return None
+    stats.engine = config.engine or "graph"
+    stats.engine_reason = "engine is 'static'" if config.engine == "static" else None
+    return step
 
 
 class _Made(NamedTuple):

@@ -22,7 +22,7 @@ from lbr_kernels import ops
 from lbr_kernels.decoding.adapter import ModelAdapter, require_supported
 from lbr_kernels.decoding.cache import CACHE_NAME, TreeCache
 from lbr_kernels.decoding.config import LBRConfig
-from lbr_kernels.decoding.engine import KeptStep, NotFixedError, engine_obstacle, kept_step
+from lbr_kernels.decoding.engine import engine_obstacle, take_step
 from lbr_kernels.decoding.loop import DecodingStats, Limits, StepView, TreeDecoder
 from lbr_kernels.decoding.replay import FixedDecoder
 from lbr_kernels.decoding.routing import RouterLike, Routing
@@ -204,7 +204,7 @@ class _Call:
             temperature=config.router_temperature, device=device, backend=config.backend,
         )  # fmt: skip
         do_sample = bool(generation_config.do_sample)
-        draw_choice = do_sample if config.router_do_sample is None else config.router_do_sample
+        draw_choice = config.draws_choice(do_sample)
         wants_dict = bool(generation_config.return_dict_in_generate)
         keep_scores = wants_dict and bool(generation_config.output_scores or generation_config.output_logits)
         sampler = ChildSampler(
@@ -249,11 +249,13 @@ class _Call:
         with ExitStack() as stack:
             fixed = None
             if stats.engine_reason is None:
-                fixed = self._fixed_step(
-                    stack, adapter, prefilled, stats, rows=rows, width=config.width, depth=config.depth,
-                    length=int(lens.max()) + limits.max_new_tokens, draw_children=do_sample,
+                fixed = take_step(
+                    "generate", self.model, config, adapter, prefilled, stats, stack, rows=rows, width=config.width,
+                    depth=config.depth, length=int(lens.max()) + limits.max_new_tokens, draw_children=do_sample,
                     draw_choice=draw_choice, num_eos=len(limits.eos_token_ids), routing=routing,
                 )  # fmt: skip
+                if fixed is None:
+                    warnings.warn(f"generate: decoding without a CUDA graph: {stats.engine_reason}", stacklevel=2)
             if fixed is not None:
                 with stats.phase("prefill"):
                     fixed.step.cache.refill(prefilled, lens, repeats=repeats, release=release)
@@ -325,24 +327,6 @@ class _Call:
             stats=stats,
             **{CACHE_NAME: returned_cache},
         )
-
-    def _fixed_step(
-        self, stack: ExitStack, adapter: ModelAdapter, prefilled: Cache, stats: DecodingStats, **shape: Any
-    ) -> KeptStep | None:
-        """The step for this call, which has it until the stack unwinds; None, after a warning, if it cannot be had."""
-        engine = self.config.engine
-        try:
-            fixed = kept_step(self.model, adapter, prefilled, captured=engine != "static", stats=stats, **shape)
-            stack.enter_context(fixed.in_call(adapter))
-        except NotFixedError as error:
-            if engine is not None:
-                raise RuntimeError(f"generate: engine {engine!r} cannot run: {error}") from error
-            stats.engine_reason = str(error)
-            warnings.warn(f"generate: decoding without a CUDA graph: {error}", stacklevel=2)
-            return None
-        stats.engine = engine or "graph"
-        stats.engine_reason = "engine is 'static'" if engine == "static" else None
-        return fixed
 
     def _row_streams(self, rows: int, device: torch.device) -> Tensor:
         if self.streams is None:

@@ -11,13 +11,13 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 
-from lbr_kernels import ops
 from lbr_kernels.decoding.adapter import ModelAdapter, require_supported
 from lbr_kernels.decoding.config import LBRConfig
-from lbr_kernels.decoding.engine import NotFixedError, engine_obstacle, kept_step
+from lbr_kernels.decoding.engine import engine_obstacle, take_step
 from lbr_kernels.decoding.generate import unwrapped
 from lbr_kernels.decoding.loop import DecodingStats
 from lbr_kernels.decoding.routing import RouterLike, Routing
+from lbr_kernels.ops._backends import unavailable
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def warmup(
     if isinstance(ends, str) or not all(isinstance(end, int) for end in ends):
         raise ValueError(f"warmup: eos_token_id is {eos_token_id!r}, expected an integer or several")
     for op in ("tree_attention", "commit_", "sample_children"):
-        reason = None if config.backend is None else ops._backends.unavailable(config.backend, op, model.device)
+        reason = None if config.backend is None else unavailable(config.backend, op, model.device)
         if reason is not None:
             raise RuntimeError(f"warmup: {op}: backend {config.backend!r} cannot run: {reason}")
     require_supported(model)
@@ -85,26 +85,16 @@ def warmup(
         router, width=config.width, depth=config.depth, hidden_size=adapter.hidden_size,
         temperature=config.router_temperature, device=model.device, backend=config.backend,
     )  # fmt: skip
-    reason = engine_obstacle(
+    stats.engine_reason = engine_obstacle(
         model, config, routing=routing, processors=LogitsProcessorList(), criteria=StoppingCriteriaList(),
         keep_scores=False, looks_on=False,
     )  # fmt: skip
-    engine = "eager"
-    if reason is None:
+    if stats.engine_reason is None:
         prefilled = DynamicCache(config=model.config)
         adapter.head_inputs(torch.zeros((1, 1), dtype=torch.int64, device=model.device), prefilled)
-        try:
-            kept_step(
-                model, adapter, prefilled, rows=batch_size, width=config.width, depth=config.depth,
-                length=max_length, draw_children=do_sample,
-                draw_choice=do_sample if config.router_do_sample is None else config.router_do_sample,
-                num_eos=len(ends), routing=routing,
-                captured=config.engine != "static", stats=stats,
-            )  # fmt: skip
-            engine = config.engine or "graph"
-            reason = "engine is 'static'" if engine == "static" else None
-        except NotFixedError as error:
-            if config.engine is not None:
-                raise RuntimeError(f"warmup: engine {config.engine!r} cannot run: {error}") from error
-            reason = str(error)
-    return WarmUp(engine, reason, time.perf_counter() - start)
+        take_step(
+            "warmup", model, config, adapter, prefilled, stats, None, rows=batch_size, width=config.width,
+            depth=config.depth, length=max_length, draw_children=do_sample, draw_choice=config.draws_choice(do_sample),
+            num_eos=len(ends), routing=routing,
+        )  # fmt: skip
+    return WarmUp(stats.engine, stats.engine_reason, time.perf_counter() - start)
