@@ -14,6 +14,7 @@ from lbr_kernels.ops._registry import OPS
 from lbr_kernels.ops.commit import commit_, commit_ref_
 from lbr_kernels.ops.draws import keyed_uniforms
 from lbr_kernels.ops.linear import linear, linear_ref
+from lbr_kernels.ops.packed_tree_attention import packed_tree_attention, packed_tree_attention_ref
 from lbr_kernels.ops.route import RouterWeights, route, route_ref
 from lbr_kernels.ops.sample_children import sample_children, sample_children_ref, top_children, top_children_ref
 from lbr_kernels.ops.tree_attention import tree_attention, tree_attention_ref
@@ -26,6 +27,8 @@ __all__ = [
     "keyed_uniforms",
     "linear",
     "linear_ref",
+    "packed_tree_attention",
+    "packed_tree_attention_ref",
     "raise_if_flagged",
     "route",
     "route_ref",
@@ -41,6 +44,6 @@ __all__ = [
 def backends(device: str | torch.device = "cpu") -> dict[str, dict[str, str | None]]:
     """For every op and backend, why it cannot run for tensors on ``device``; None where it can.
 
-    Where an argument requires a gradient, only the reference runs.
+    Where an argument requires a gradient, only the reference runs, but for ``packed_tree_attention``.
     """
     return {op: {name: unavailable(name, op, torch.device(device)) for name in BACKENDS} for op in OPS}

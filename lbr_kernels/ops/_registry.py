@@ -5,8 +5,8 @@ implementation and as its kernel wherever no faster one is registered. The compi
 the CPU and for CUDA. Public functions call :func:`call`, which resolves ``backend``: None stands for the best that runs
 for these tensors, a name for one of ``_backends.BACKENDS``.
 
-A backend asked for by name never falls back. Only the reference has gradients: where an argument requires one, it is
-what runs.
+A backend asked for by name never falls back. Kernels have gradients for the ops in :data:`DIFFERENTIABLE`; for any other
+only the reference has, and where an argument requires one, it is what runs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ LIBRARY = torch.library.Library("lbr_kernels", "DEF")
 OPS: dict[str, Callable[..., Any]] = {}  # references
 SCHEMAS: dict[str, str] = {}  # "(arguments) -> result", without the op's last argument, isa
 FAKES: dict[str, Callable[..., Any]] = {}
+DIFFERENTIABLE = frozenset({"packed_tree_attention"})
 
 LIBRARY.define("has_isa(int isa) -> bool")
 LIBRARY.define("prepare(Tensor(a!) word) -> ()")
@@ -72,8 +73,10 @@ def call(
     ``prefer`` names the backends to try on a GPU, the best first, where that depends on the tensors.
     """
     dtype = lead.dtype if lead.is_floating_point() else None
-    differentiated = torch.is_grad_enabled() and any(
-        isinstance(value, Tensor) and value.requires_grad for value in (*args, *kw.values())
+    differentiated = (
+        op not in DIFFERENTIABLE
+        and torch.is_grad_enabled()
+        and any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kw.values()))
     )
     if backend is None:
         order: Sequence[str] = ("cpu",)
