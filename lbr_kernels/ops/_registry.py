@@ -5,8 +5,8 @@ implementation and as its kernel wherever no faster one is registered. The compi
 the CPU and for CUDA. Public functions call :func:`call`, which resolves ``backend``: None stands for the best that runs
 for these tensors, a name for one of ``_backends.BACKENDS``.
 
-A backend asked for by name never falls back. Kernels have gradients for the ops in :data:`DIFFERENTIABLE`; for any other
-only the reference has, and where an argument requires one, it is what runs.
+A backend asked for by name never falls back. Kernels have gradients for the ops in :data:`DIFFERENTIABLE` only: for
+any other, where an argument requires one, the reference is what runs.
 """
 
 from __future__ import annotations

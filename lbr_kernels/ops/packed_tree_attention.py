@@ -14,6 +14,7 @@ read no more than that, however long the pack.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -153,7 +154,7 @@ def check_values(check: Checker, subtree_end: Tensor, cu_seqlens: Tensor | None)
     T = subtree_end.shape[1]
     if cu_seqlens is not None and has_values(cu_seqlens):
         bounds = cu_seqlens.tolist()
-        ascending = all(a <= b for a, b in zip(bounds, bounds[1:], strict=False))
+        ascending = all(a <= b for a, b in itertools.pairwise(bounds))
         check(
             bounds[0] == 0 and bounds[-1] == T and ascending,
             f"cu_seqlens is {bounds}, expected an ascending list from 0 to T = {T}",
