@@ -149,7 +149,7 @@ def _nodes(
             entropy = total - ((finite - total[:, None]).exp() * finite).sum(-1)
         return logits[row_of, tokens] - total[row_of], entropy
 
-    bounds = list(range(0, len(behind), chunk_size)) + [len(behind)]
+    bounds = [*range(0, len(behind), chunk_size), len(behind)]
     starts = torch.searchsorted(row_of, torch.tensor(bounds, device=device)).tolist()
     parts = []
     for number, first in enumerate(bounds[:-1]):
