@@ -61,13 +61,11 @@ def bench_likelihood(benchmark: BenchmarkFixture, request: pytest.FixtureRequest
             assert float((a - b).norm() / b.norm()) < 1e-4
 
     quick = request.config.getoption("--quick")
+    together = DECISIONS_EACH[1:2] if quick else DECISIONS_EACH
     compare(
         benchmark,
         ours,
-        {
-            f"branches as rows, {n} decisions": (lambda n=n: rows(n))
-            for n in (DECISIONS_EACH[1:2] if quick else DECISIONS_EACH)
-        },
+        {f"branches as rows, {count} decisions": partial(rows, count) for count in together},
         op="likelihood",
         shape={"parameters": model.num_parameters(), "prompt": PROMPT, "T": steps, "K": width, "L": 1},
         dtype=torch.float32,
