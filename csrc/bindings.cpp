@@ -76,8 +76,8 @@ void check_packs(const Checker& check, const PackedTreeAttentionParams& p, int64
       for (int64_t k = bound(i); k < bound(i + 1); ++k) {
         const int32_t end = p.subtree_end[b * p.subtree_end_stride + k];
         const int64_t length = bound(i + 1) - bound(i);
-        check(end >= 0 && end <= length, "subtree_end[", b, ", ", k, "] is ", end,
-              ", expected 0 <= end <= its pack's ", length);
+        check(end >= 0 && end <= length, "subtree_end[", b, ", ", k, "] is ", end, ", expected 0 <= end <= its pack's ",
+              length);
       }
 }
 

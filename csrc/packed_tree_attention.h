@@ -70,9 +70,10 @@ inline PackedTreeAttentionParams packed_tree_attention_params(
 }
 
 // The same for the gradient, `forward` being what the function above gave; the gradients are not set.
-inline PackedTreeAttentionBackwardParams packed_tree_attention_backward_params(
-    const Checker& check, const PackedTreeAttentionParams& forward, const Tensor& query, const Tensor& grad,
-    const Tensor& out, const Tensor& lse) {
+inline PackedTreeAttentionBackwardParams packed_tree_attention_backward_params(const Checker& check,
+                                                                               const PackedTreeAttentionParams& forward,
+                                                                               const Tensor& query, const Tensor& grad,
+                                                                               const Tensor& out, const Tensor& lse) {
   PackedTreeAttentionBackwardParams p;
   p.forward = forward;
   const auto like_the_output = [&](const char* name, const Tensor& t, int64_t* stride) {

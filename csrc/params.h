@@ -74,9 +74,9 @@ struct PackedTreeAttentionParams {
 // Gradients of query, keys and values; `forward.out` and `forward.lse` are not used.
 struct PackedTreeAttentionBackwardParams {
   PackedTreeAttentionParams forward;
-  const void* grad;  // [batch, q_heads, nodes, value_dim]
-  const void* out;   // the same, what the forward pass gave
-  const float* lse;  // [batch, q_heads, nodes], likewise
+  const void* grad;                                      // [batch, q_heads, nodes, value_dim]
+  const void* out;                                       // the same, what the forward pass gave
+  const float* lse;                                      // [batch, q_heads, nodes], likewise
   int64_t grad_stride[3], out_stride[3], lse_stride[2];  // batch, head, node
   void* query_grad;                                      // [batch, nodes, q_heads, head_dim], dense
   void* key_grad;                                        // [batch, nodes, kv_heads, head_dim], dense

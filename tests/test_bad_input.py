@@ -264,7 +264,10 @@ TABLE = {
         packed_gradient(subtree_end=i32(5, 2, 6, 5, 5).view(1, 5)),
         "subtree_end[0, 2] is 6, expected 0 <= end <= its pack's 5",
     ),
-    "grad shape": (packed_gradient(grad=torch.randn(2, 4, 5, 16)), "grad has shape [2, 4, 5, 16], expected [2, 4, 5, 8]"),
+    "grad shape": (
+        packed_gradient(grad=torch.randn(2, 4, 5, 16)),
+        "grad has shape [2, 4, 5, 16], expected [2, 4, 5, 8]",
+    ),
     "grad dtype": (
         packed_gradient(grad=torch.randn(2, 4, 5, 8).double()),
         "grad has dtype torch.float64, expected torch.float32",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -61,7 +63,7 @@ def random_tree(T: int, seed: int = 0) -> list[int]:
 
 
 def trajectory(T: int, *, width: int = 3, depth: int = 1, prompt: int = 9, chosen_last: bool = True) -> list[int]:
-    """A prompt and a committed trunk, whose every node has ``width`` children; the others have ``depth`` generations."""
+    """A prompt and a committed trunk of nodes with ``width`` children; branches are ``depth`` generations deep."""
     parents: list[int] = []
 
     def grow(parent: int, generations: int) -> None:
@@ -150,7 +152,7 @@ def visible(end: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
     sees = torch.zeros(len(end), T, T, dtype=torch.bool)
     for b, row in enumerate(end.tolist()):
-        for first, behind in zip(bounds, bounds[1:], strict=False):
+        for first, behind in itertools.pairwise(bounds):
             for k in range(first, behind):
                 sees[b, k : max(k, first + row[k]), k] = True
     return sees
@@ -171,7 +173,9 @@ def run(p: dict[str, Tensor], backend: str, **extras: object) -> dict[str, Tenso
     return {name: tensor.cpu() for name, tensor in found.items()}
 
 
-def oracle(p: dict[str, Tensor], *, positions=None, scale=None, window=None, softcap=None, sinks=None, alibi_slopes=None):
+def oracle(
+    p: dict[str, Tensor], *, positions=None, scale=None, window=None, softcap=None, sinks=None, alibi_slopes=None
+):
     """The same in fp64, one query after the other, each with the list of keys that it sees."""
     leaves = {name: p[name].double().requires_grad_() for name in ("query", "key", "value")}
     if sinks is not None:
@@ -206,7 +210,9 @@ def oracle(p: dict[str, Tensor], *, positions=None, scale=None, window=None, sof
     return {"out": out.detach(), "lse": lse, **dict(zip(leaves, grads, strict=True))}
 
 
-def plain(p: dict[str, Tensor], *, positions=None, scale=None, window=None, softcap=None, sinks=None, alibi_slopes=None):
+def plain(
+    p: dict[str, Tensor], *, positions=None, scale=None, window=None, softcap=None, sinks=None, alibi_slopes=None
+):
     """What a user would write: a dense mask and softmax, in the tensors' own dtype."""
     dtype = p["query"].dtype
     leaves = {name: p[name].nan_to_num(0).requires_grad_() for name in ("query", "key", "value")}

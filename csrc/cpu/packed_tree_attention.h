@@ -74,6 +74,7 @@ class PackedTreeScratch {
 template <class T>
 class PackedTreeAttention {
   using Scratch = PackedTreeScratch;
+  using Tile = Scratch::Tile;
   typedef uint32_t vuint __attribute__((vector_size(4 * kLanes)));
 
  public:
@@ -246,7 +247,7 @@ class PackedTreeAttention {
       s.query_position[r] = p.positions ? p.positions[slice.b * p.positions_stride + block.first + r] : 0;
     for (int r = rows; r < padded; ++r) s.query_position[r] = 0;
     for (int64_t first = 0; first < s.count; first += kProductRows) {
-      typename Scratch::Tile tile{padded, 0, window == 0};
+      Tile tile{padded, 0, window == 0};
       for (int64_t i = first; i < smallest(s.count, first + kProductRows); ++i) {
         s.first_row[i] = int32_t(largest(0, s.node[i] - block.first));
         s.last_row[i] = int32_t(smallest(rows, s.end[i] - block.first));
@@ -289,15 +290,14 @@ class PackedTreeAttention {
   }
 
   void load_queries(const Slice& slice, int64_t q_head, const Block& block, Scratch& s) const {
-    load_rows(block, s.dim, s, s.query.data(), [&](int64_t node, float* to) {
-      stage(p.query, p.query_stride, slice.b, q_head, node, p.head_dim, to);
-    });
+    load_rows(block, s.dim, s, s.query.data(),
+              [&](int64_t node, float* to) { stage(p.query, p.query_stride, slice.b, q_head, node, p.head_dim, to); });
     transpose(block, s.query.data(), s.dim, p.head_dim, factor, s.query_columns.data());
   }
 
   // products[key][query] = sum_d keys[key][d] * columns[d][query], where a query of a vector sees a key of a tile.
-  static void multiply(const typename Scratch::Tile* tiles, int num_tiles, const Block& block, const float* keys,
-                       int64_t stride, const float* columns, int64_t dim, float* products) {
+  static void multiply(const Tile* tiles, int num_tiles, const Block& block, const float* keys, int64_t stride,
+                       const float* columns, int64_t dim, float* products) {
     for (int v = 0; v < block.vectors(); v += kProductVectors) {
       for (int t = 0; t < num_tiles; ++t) {
         const int first = int(largest(tiles[t].first_vector(), v));
@@ -311,8 +311,8 @@ class PackedTreeAttention {
   }
 
   // sums[query] += sum over keys of weights[key][query] * rows[key].
-  static void sum_over_keys(const typename Scratch::Tile* tiles, int num_tiles, int keys, const Block& block,
-                            const float* weights, const float* rows, int64_t stride, float* sums) {
+  static void sum_over_keys(const Tile* tiles, int num_tiles, int keys, const Block& block, const float* weights,
+                            const float* rows, int64_t stride, float* sums) {
     const int vectors = int(stride / kLanes);
     for (int v = 0; v < vectors; v += kProductVectors) {
       for (int r = 0; r < block.rows(); r += kProductRows) {
@@ -322,18 +322,17 @@ class PackedTreeAttention {
           const int first = t * kProductRows;
           while (t + 1 < num_tiles && seen(t + 1)) ++t;
           const int last = int(smallest(keys, (t + 1) * kProductRows));
-          product<true>(int(smallest(kProductVectors, vectors - v)),
-                        {weights + first * kBlockQueries + r, 1, kBlockQueries},
-                        {rows + first * stride + v * kLanes, stride}, last - first,
-                        {sums + r * stride + v * kLanes, stride});
+          product<true>(
+              int(smallest(kProductVectors, vectors - v)), {weights + first * kBlockQueries + r, 1, kBlockQueries},
+              {rows + first * stride + v * kLanes, stride}, last - first, {sums + r * stride + v * kLanes, stride});
         }
       }
     }
   }
 
   // sums[key] += sum over queries of weights[key][query] * rows[query].
-  static void sum_over_queries(const typename Scratch::Tile* tiles, int num_tiles, const float* weights,
-                               const float* rows, int64_t stride, float* sums) {
+  static void sum_over_queries(const Tile* tiles, int num_tiles, const float* weights, const float* rows,
+                               int64_t stride, float* sums) {
     const int vectors = int(stride / kLanes);
     for (int v = 0; v < vectors; v += kProductVectors) {
       for (int t = 0; t < num_tiles; ++t) {
@@ -389,7 +388,7 @@ class PackedTreeAttention {
     for (int r = 0; r < block.vectors() * kLanes; ++r) s.top[r] = -INFINITY, s.sum[r] = 0;
     std::memset(s.out.data(), 0, kBlockQueries * s.value_dim * sizeof(float));
     const float slope = slope_of(q_head);
-    for_chunks(s, [&](int64_t first, int keys, const typename Scratch::Tile* tiles, int num_tiles) {
+    for_chunks(s, [&](int64_t first, int keys, const Tile* tiles, int num_tiles) {
       multiply(tiles, num_tiles, block, &s.key[first * s.dim], s.dim, s.query_columns.data(), p.head_dim,
                s.scores.data());
       for (int v = 0; v < block.vectors(); ++v) exponentiate(first, keys, tiles, v, block, slope, s);
@@ -409,15 +408,13 @@ class PackedTreeAttention {
 
   // One vector of queries: products become 2^(score - top), zero where nothing is seen; top, sum and the values' sums
   // move to a new top, if it is so much larger that it is worth the trouble.
-  void exponentiate(int64_t first_key, int keys, const typename Scratch::Tile* tiles, int v, const Block& block,
-                    float slope, Scratch& s) const {
+  void exponentiate(int64_t first_key, int keys, const Tile* tiles, int v, const Block& block, float slope,
+                    Scratch& s) const {
     float* scores = &s.scores[v * kLanes];
-    const auto sees = [&](const typename Scratch::Tile& tile) {
-      return v >= tile.first_vector() && v < tile.last_vector();
-    };
+    const auto sees = [&](const Tile& tile) { return v >= tile.first_vector() && v < tile.last_vector(); };
     vfloat best = splat(-INFINITY);
     for (int k = 0; k < keys; k += kProductRows) {
-      const typename Scratch::Tile& tile = tiles[k / kProductRows];
+      const Tile& tile = tiles[k / kProductRows];
       if (!sees(tile)) continue;
       const int last = int(smallest(keys, k + kProductRows));
       if (tile.whole && !adjusts()) {
@@ -462,12 +459,10 @@ class PackedTreeAttention {
 
   void differentiate(const Slice& slice, int64_t q_head, const Block& block, Scratch& s) const {
     load_queries(slice, q_head, block, s);
-    load_rows(block, s.value_dim, s, s.grad.data(), [&](int64_t node, float* to) {
-      stage(g->grad, g->grad_stride, slice.b, q_head, node, p.value_dim, to);
-    });
-    load_rows(block, s.value_dim, s, s.out.data(), [&](int64_t node, float* to) {
-      stage(g->out, g->out_stride, slice.b, q_head, node, p.value_dim, to);
-    });
+    load_rows(block, s.value_dim, s, s.grad.data(),
+              [&](int64_t node, float* to) { stage(g->grad, g->grad_stride, slice.b, q_head, node, p.value_dim, to); });
+    load_rows(block, s.value_dim, s, s.out.data(),
+              [&](int64_t node, float* to) { stage(g->out, g->out_stride, slice.b, q_head, node, p.value_dim, to); });
     transpose(block, s.grad.data(), s.value_dim, p.value_dim, 1, s.grad_columns.data());
     const float* lse = g->lse + slice.b * g->lse_stride[0] + q_head * g->lse_stride[1] + block.first;
     for (int r = 0; r < block.vectors() * kLanes; ++r) {
@@ -479,7 +474,7 @@ class PackedTreeAttention {
     }
     std::memset(s.query_grad.data(), 0, kBlockQueries * s.dim * sizeof(float));
     const float slope = slope_of(q_head);
-    for_chunks(s, [&](int64_t first, int keys, const typename Scratch::Tile* tiles, int num_tiles) {
+    for_chunks(s, [&](int64_t first, int keys, const Tile* tiles, int num_tiles) {
       multiply(tiles, num_tiles, block, &s.key[first * s.dim], s.dim, s.query_columns.data(), p.head_dim,
                s.scores.data());
       multiply(tiles, num_tiles, block, &s.value[first * s.value_dim], s.value_dim, s.grad_columns.data(), p.value_dim,
@@ -503,7 +498,7 @@ class PackedTreeAttention {
 
   // One key: products become weights, and the weights' gradients the products'. Zero where nothing is seen.
   template <bool kAdjusts>
-  void weigh(int64_t i, int k, const typename Scratch::Tile& tile, const Block& block, float slope, Scratch& s) const {
+  void weigh(int64_t i, int k, const Tile& tile, const Block& block, float slope, Scratch& s) const {
     float *scores = &s.scores[k * kBlockQueries], *change = &s.change[k * kBlockQueries];
     for (int v = 0; v < tile.first_vector(); ++v) store(change + v * kLanes, vfloat{});
     for (int v = tile.last_vector(); v < block.vectors(); ++v) store(change + v * kLanes, vfloat{});
@@ -527,23 +522,17 @@ class PackedTreeAttention {
   const PackedTreeAttentionBackwardParams* const g;  // null: forward
   const PackedTreePlan plan;
   const int64_t group;
-  const int32_t window;  // 0: none
-  const float factor;    // from a product to a score in units of ln 2
+  const int32_t window;            // 0: none
+  const float factor;              // from a product to a score in units of ln 2
   const float from_log2, to_log2;  // from such a score to one in units of the soft-cap, and back
 };
-
-template <class T>
-static void run_packed_tree_attention(const PackedTreeAttentionParams& params,
-                                      const PackedTreeAttentionBackwardParams* backward, const ThreadPool& pool) {
-  PackedTreeAttention<T>(params, backward).run(pool);
-}
 
 static void packed_tree_attention(DType dtype, const PackedTreeAttentionParams& params,
                                   const PackedTreeAttentionBackwardParams* backward, const ThreadPool& pool) {
   switch (dtype) {
-    case DType::kFloat32: return run_packed_tree_attention<float>(params, backward, pool);
-    case DType::kFloat16: return run_packed_tree_attention<Float16>(params, backward, pool);
-    case DType::kBFloat16: return run_packed_tree_attention<BFloat16>(params, backward, pool);
+    case DType::kFloat32: return PackedTreeAttention<float>(params, backward).run(pool);
+    case DType::kFloat16: return PackedTreeAttention<Float16>(params, backward).run(pool);
+    case DType::kBFloat16: return PackedTreeAttention<BFloat16>(params, backward).run(pool);
   }
 }
 
