@@ -109,6 +109,11 @@ def padded(T: int) -> list[int]:
     return end + [0] * (T // 3)
 
 
+def islands(T: int) -> list[int]:
+    """Nodes that see themselves alone, and between them nodes that see nothing."""
+    return [node + 1 if node % 3 else 0 for node in range(T)]
+
+
 def not_nested(T: int, seed: int = 0) -> list[int]:
     """Any ends at all."""
     g = torch.Generator().manual_seed(seed)
@@ -124,6 +129,7 @@ TREES = {
     "branches behind": lambda T: trajectory(T, chosen_last=False),
     "rollouts": rollouts,
     "padded": padded,
+    "islands": islands,
     "not nested": not_nested,
 }
 
