@@ -486,6 +486,20 @@ def test_an_unseen_node_may_see(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_may_leave_nothing_to_see(backend):
+    """An unseen node's ancestors lie before the window: its query is not read."""
+    end = chain(60)
+    end[20] = 0
+    p = problem(ends(end), dtype=widest(backend))
+    p["query"][:, :, 20] = torch.nan
+    found = run(p, backend, window=1)
+    assert all(tensor.isfinite().all() for name, tensor in found.items() if name != "lse")
+    assert (found["lse"][:, :, 20] == -torch.inf).all()
+    for name in ("out", "query"):
+        assert (found[name][:, :, 20] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_positions(expected, backend):
     """By default the number of ancestors; given ones move windows and ALiBi's distances, per row or for all."""
     end = ends(trajectory(60), random_tree(60))
