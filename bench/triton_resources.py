@@ -28,7 +28,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from lbr_kernels.ops import commit_triton, route_triton, sample_children_triton, tree_attention_triton
+from lbr_kernels.ops import (
+    commit_triton,
+    packed_tree_attention_triton,
+    route_triton,
+    sample_children_triton,
+    tree_attention_triton,
+)
 from lbr_kernels.ops._triton_support import Launch
 from lbr_kernels.ops.route import weight_shapes
 from lbr_kernels.ops.tree_shape import num_slots
@@ -197,6 +203,39 @@ def route_launch(width: int, depth: int, dim: int, dtype: torch.dtype, *, varian
     )
 
 
+def packed_launch(
+    name: str,
+    head_size: int,
+    dtype: torch.dtype,
+    *,
+    value_size: int | None = None,
+    heads: tuple[int, int] = (32, 8),
+    features: bool = False,
+) -> Launch:
+    """One of the launches of a forward and a backward pass over 12288 nodes; with all features or none."""
+    (Hq, Hk), T, value_size = heads, 12288, value_size or head_size
+
+    def halves(count: int, size: int) -> torch.Tensor:
+        return meta(1, T, count, size, dtype=dtype).transpose(1, 2)
+
+    query, key, value, grad = halves(Hq, head_size), halves(Hk, head_size), halves(Hk, value_size), halves(Hq, value_size)
+    per_head, per_node = meta(Hq, dtype=torch.float32), meta(1, T, dtype=torch.int32)
+    lse, packs, flag = meta(1, Hq, T, dtype=torch.float32), meta(9, dtype=torch.int32), meta(1, dtype=torch.int32)
+    positions, sinks, slopes = (per_node, per_head, per_head) if features else (None, None, None)
+    numbers: Any = (None, 512, 30.0) if features else (None, None, None)
+    ours = packed_tree_attention_triton
+    launches = ours.forward(
+        query, key, value, per_node, packs, positions, sinks, slopes, *numbers, flag=flag
+    ).launches  # fmt: skip
+    launches |= ours.backward(
+        grad, query, key, value, grad, lse, per_node, packs, positions, slopes, *numbers, flag=flag,
+        multiprocessors=MULTIPROCESSORS,
+    ).launches  # fmt: skip
+    return launches[name]
+
+
+PACKED = ("forward", "query_gradient", "key_value_gradient")
+
 KERNELS: dict[str, Callable[[], Launch]] = {
     **{
         f"tree_attention bfloat16 d{d} rows {rows}": partial(tree_attention_launch, rows, d, torch.bfloat16)
@@ -245,6 +284,43 @@ KERNELS: dict[str, Callable[[], Launch]] = {
             (torch.float32, 128, 16, 1, True),
             (torch.float32, 256, 3, 3, False),
         )
+    },
+    **{
+        f"packed_tree_attention {kernel} {str(dtype)[6:]} d{d}": partial(packed_launch, kernel, d, dtype)
+        for dtype, d in (
+            (torch.bfloat16, 64),
+            (torch.bfloat16, 128),
+            (torch.bfloat16, 256),
+            (torch.float16, 64),
+            (torch.float16, 128),
+            (torch.float32, 64),
+            (torch.float32, 128),
+            (torch.float32, 256),
+        )
+        for kernel in PACKED
+    },
+    **{
+        f"packed_tree_attention {kernel} bfloat16 d{d}, all features": partial(
+            packed_launch, kernel, d, torch.bfloat16, features=True
+        )
+        for d in (64, 128, 256)
+        for kernel in PACKED
+    },
+    **{
+        f"packed_tree_attention {kernel} float32 d256, all features": partial(
+            packed_launch, kernel, 256, torch.float32, features=True
+        )
+        for kernel in PACKED
+    },
+    **{
+        f"packed_tree_attention {kernel} bfloat16 d192/128": partial(
+            packed_launch, kernel, 192, torch.bfloat16, value_size=128
+        )
+        for kernel in PACKED
+    },
+    **{
+        f"packed_tree_attention {launch}": partial(packed_launch, launch, 128, torch.bfloat16, features=True)
+        for launch in ("order", "blocks of lists by query", "lists by query", "lists by key")
     },
 }
 

@@ -11,6 +11,7 @@ Import this file only where a Triton kernel is asked for: it needs ``triton``, w
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -102,3 +103,12 @@ def _cut(piece: _Piece, count: int) -> Tensor:
 def stride(tensor: Tensor, axis: int) -> int:
     """That of an axis of size 1 may be anything; 0 keeps it from asking for a kernel of its own."""
     return tensor.stride(axis) if tensor.shape[axis] > 1 else 0
+
+
+@functools.cache
+def multiprocessors_of(device: torch.device) -> int:
+    """How many a GPU has; 1 for a CPU that interprets."""
+    if device.type != "cuda":
+        return 1
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count

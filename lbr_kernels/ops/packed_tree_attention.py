@@ -149,6 +149,22 @@ def check_arguments(
     )
 
 
+def check_backward_arguments(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *args: Any, **kwargs: Any
+) -> None:
+    """What the kernels of the gradient refuse."""
+    op = f"{OP}_backward"
+    check_arguments(query, key, value, *args, **kwargs, op=op)
+    check = Checker(op)
+    B, Hq, T, _ = query.shape
+    for name, tensor in (("grad", grad), ("out", out)):
+        check.device(name, tensor, query.device)
+        check.shape(name, tensor, (Axis("B", B), Axis("Hq", Hq), Axis("T", T), Axis("Dv", value.shape[3])))
+        check.dtype(name, tensor, query.dtype)
+        check.last_contiguous(name, tensor)
+    check.side_input("lse", lse, torch.float32, (Axis("B", B), Axis("Hq", Hq), Axis("T", T)), query.device)
+
+
 def check_values(check: Checker, subtree_end: Tensor, cu_seqlens: Tensor | None) -> None:
     """The packs lie one behind the other, and no subtree leaves its own."""
     T = subtree_end.shape[1]
@@ -274,10 +290,10 @@ def packed_tree_attention_backward_ref(
 def register_gradient(op: str, backward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
     """Make ``torch.ops.lbr_kernels.<op>`` differentiable; ``backward`` takes what the reference's takes."""
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Any = None) -> None:
         query, key, value, subtree_end, cu_seqlens, positions, sinks, alibi_slopes, *ctx.settings = inputs
         out, lse = output
-        ctx.keywords = keyword_only_inputs
+        ctx.keywords = keyword_only_inputs or {}
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(query, key, value, out, lse, subtree_end, cu_seqlens, positions, sinks, alibi_slopes)
 
