@@ -211,6 +211,7 @@ def packed_launch(
     value_size: int | None = None,
     heads: tuple[int, int] = (32, 8),
     features: bool = False,
+    arch: int = 90,
 ) -> Launch:
     """One of the launches of a forward and a backward pass over 12288 nodes; with all features or none."""
     (Hq, Hk), T, value_size = heads, 12288, value_size or head_size
@@ -218,25 +219,32 @@ def packed_launch(
     def halves(count: int, size: int) -> torch.Tensor:
         return meta(1, T, count, size, dtype=dtype).transpose(1, 2)
 
-    query, key, value, grad = halves(Hq, head_size), halves(Hk, head_size), halves(Hk, value_size), halves(Hq, value_size)
+    query, key, value, grad = (
+        halves(Hq, head_size),
+        halves(Hk, head_size),
+        halves(Hk, value_size),
+        halves(Hq, value_size),
+    )
     per_head, per_node = meta(Hq, dtype=torch.float32), meta(1, T, dtype=torch.int32)
     lse, packs, flag = meta(1, Hq, T, dtype=torch.float32), meta(9, dtype=torch.int32), meta(1, dtype=torch.int32)
     positions, sinks, slopes = (per_node, per_head, per_head) if features else (None, None, None)
     numbers: Any = (None, 512, 30.0) if features else (None, None, None)
     ours = packed_tree_attention_triton
     launches = ours.forward(
-        query, key, value, per_node, packs, positions, sinks, slopes, *numbers, flag=flag
+        query, key, value, per_node, packs, positions, sinks, slopes, *numbers, flag=flag, capability=arch
     ).launches  # fmt: skip
     launches |= ours.backward(
         grad, query, key, value, grad, lse, per_node, packs, positions, slopes, *numbers, flag=flag,
-        multiprocessors=MULTIPROCESSORS,
+        capability=arch, multiprocessors=MULTIPROCESSORS,
     ).launches  # fmt: skip
     return launches[name]
 
 
 PACKED = ("forward", "query_gradient", "key_value_gradient")
 
-KERNELS: dict[str, Callable[[], Launch]] = {
+BY_ARCHITECTURE = "packed_tree_attention"  # kernels whose block sizes depend on it
+
+KERNELS: dict[str, Callable[..., Launch]] = {
     **{
         f"tree_attention bfloat16 d{d} rows {rows}": partial(tree_attention_launch, rows, d, torch.bfloat16)
         for d in (64, 128, 256)
@@ -286,35 +294,20 @@ KERNELS: dict[str, Callable[[], Launch]] = {
         )
     },
     **{
-        f"packed_tree_attention {kernel} {str(dtype)[6:]} d{d}": partial(packed_launch, kernel, d, dtype)
-        for dtype, d in (
-            (torch.bfloat16, 64),
-            (torch.bfloat16, 128),
-            (torch.bfloat16, 256),
-            (torch.float16, 64),
-            (torch.float16, 128),
-            (torch.float32, 64),
-            (torch.float32, 128),
-            (torch.float32, 256),
+        f"packed_tree_attention {kernel} {str(dtype)[6:]} d{d}{', all features' if features else ''}": partial(
+            packed_launch, kernel, d, dtype, features=features
         )
-        for kernel in PACKED
-    },
-    **{
-        f"packed_tree_attention {kernel} bfloat16 d{d}, all features": partial(
-            packed_launch, kernel, d, torch.bfloat16, features=True
-        )
-        for d in (64, 128, 256)
-        for kernel in PACKED
-    },
-    **{
-        f"packed_tree_attention {kernel} float32 d256, all features": partial(
-            packed_launch, kernel, 256, torch.float32, features=True
-        )
-        for kernel in PACKED
-    },
-    **{
-        f"packed_tree_attention {kernel} bfloat16 d192/128": partial(
-            packed_launch, kernel, 192, torch.bfloat16, value_size=128
+        for dtype, d, features in (
+            (torch.bfloat16, 64, False),
+            (torch.bfloat16, 128, False),
+            (torch.bfloat16, 256, False),
+            (torch.float16, 64, False),
+            (torch.float16, 128, False),
+            (torch.float32, 128, False),
+            (torch.bfloat16, 64, True),
+            (torch.bfloat16, 128, True),
+            (torch.bfloat16, 256, True),
+            (torch.float32, 256, True),
         )
         for kernel in PACKED
     },
@@ -338,8 +331,9 @@ def resources(
     """Compiles; one record per kernel and architecture, with the seconds that compiling took."""
     records = []
     for name in kernels:
-        launch = KERNELS[name]()
         for arch in architectures:
+            make = KERNELS[name]
+            launch = make(arch=arch) if name.startswith(BY_ARCHITECTURE) else make()
             start = time.perf_counter()
             compiled = compile_for(launch, arch)
             seconds = time.perf_counter() - start

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# ruff: noqa: ANN001, ANN201, ANN202 -- a kernel's arguments are tiles and numbers
+# ruff: noqa: ANN001, ANN202 -- a kernel's arguments are tiles and numbers
 """What the attention kernels in Triton share: products, scores, and the state of an online softmax.
 
 Contract

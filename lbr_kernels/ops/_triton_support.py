@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lbr_kernels.ops import _flags
+from lbr_kernels.ops._backends import OLDEST_GPU
 
 _BLOCK = 1 << 16  # counters that are allocated at a time
 _LINE = 32  # counters in 128 bytes, a line of the cache
@@ -112,3 +113,10 @@ def multiprocessors_of(device: torch.device) -> int:
         return 1
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
+
+
+@functools.cache
+def capability_of(device: torch.device) -> int:
+    """That of a GPU, as in ``sm_90``; the oldest for a CPU that interprets."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else OLDEST_GPU
+    return 10 * major + minor

@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lbr_kernels.ops._triton_softmax import LN2, LOG2E, absorb, multiply, tanh, with_sink
-from lbr_kernels.ops._triton_support import Launch, interpreting, multiprocessors_of, stride
+from lbr_kernels.ops._triton_support import Launch, capability_of, interpreting, multiprocessors_of, stride
 from lbr_kernels.ops.packed_tree_order_triton import Lists, Order, as_window, lists, order
 
 MAX_HEAD_SIZE = 256
@@ -54,6 +54,15 @@ def _tile(x, row, row_stride, column, there, SIZE: tl.constexpr, BLOCK: tl.const
     if SIZE == BLOCK:
         return tl.load(at)
     return tl.load(at, mask=(column < SIZE)[None, :], other=0.0)
+
+
+@triton.jit
+def _keys_of(rows, ends, lists, width, i, count, column, CUT: tl.constexpr):
+    # Which keys are the block that is visited as the i-th, and their ends. Found one block ahead: Triton would spend
+    # a stage of its pipeline on fetching the rows from which the addresses of keys and values are made.
+    place = tl.load(lists + (width - 1 - i if CUT else i), mask=i < count, other=0) + column
+    row = tl.load(rows + place)
+    return row, tl.load(ends + place) if CUT else row
 
 
 @triton.jit
@@ -127,6 +136,7 @@ def forward_kernel(
     BLOCK_VALUE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    CUT_STAGES: tl.constexpr,
     UPCAST: tl.constexpr,  # in the interpreter, whose dot and rounding of bf16 are wrong
 ):
     """A block of queries of one head."""
@@ -163,14 +173,15 @@ def forward_kernel(
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
     sums = tl.zeros([BLOCK_QUERIES, BLOCK_VALUE], tl.float32)
     for CUT in tl.static_range(2):
-        for i in range(0, tl.load(list_counts + owner * 2 + CUT)):
-            place = tl.load(lists + (width - 1 - i if CUT else i)) + column
-            row = tl.load(rows + place)
-            end = row
-            there = row >= 0
+        count = tl.load(list_counts + owner * 2 + CUT)
+        next_row, end = _keys_of(rows, ends, lists, width, 0, count, column, CUT)
+        for i in tl.range(0, count, num_stages=CUT_STAGES if CUT else None):
             if CUT:
-                end = tl.load(ends + place)
-                there = end > 0
+                row, end = _keys_of(rows, ends, lists, width, i, count, column, CUT)
+            else:
+                row = next_row
+                next_row, end = _keys_of(rows, ends, lists, width, i + 1, count, column, CUT)
+            there = end > 0
             k = _tile(keys, row, key_node_stride, in_head, there, HEAD_SIZE, BLOCK_HEAD, CUT)
             products = multiply(q, k, UPCAST)
             key_position = row
@@ -178,7 +189,7 @@ def forward_kernel(
                 key_position = tl.load(positions + row)
             if CUT or HAS_ALIBI or HAS_SOFTCAP:
                 offset = key_position[None, :] - position[:, None]
-                scores, _ = _scores(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)
+                scores, slant = _scores(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)
                 if CUT:
                     visible = (row[None, :] <= node[:, None]) & (node[:, None] < end[None, :])
                     if HAS_WINDOW:
@@ -206,7 +217,7 @@ def forward_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "positions", "alibi_slopes", "rows", "ends", "counts", "lists", "list_counts", "lse", "delta",
+        "positions", "alibi_slopes", "rows", "ends", "counts", "lists", "list_counts", "lse", "delta", "heights",
         "lse_row_stride", "lse_head_stride",
         "position_stride", "B", "Hq", "group", "T", "space", "per_row", "blocks", "width", "window",
     ]
@@ -226,7 +237,8 @@ def query_gradient_kernel(
     lists,
     list_counts,
     query_grad,  # [B, T, Hq, HEAD_SIZE], dense
-    delta,  # [B, Hq, T], dense: gradient times output
+    delta,  # [B, Hq, T], dense: gradient times output; 0 for a query that sees nothing
+    heights,  # [B, Hq, T], dense: lse in units of ln 2; inf for a query that sees nothing
     query_row_stride,
     query_head_stride,
     query_node_stride,
@@ -265,9 +277,10 @@ def query_gradient_kernel(
     BLOCK_VALUE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    CUT_STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A block of queries of one head; it also leaves ``delta`` for the gradient of keys and values."""
+    """A block of queries of one head; it also leaves ``delta`` and ``heights`` for the gradient of keys and values."""
     HAS_ALIBI: tl.constexpr = alibi_slopes is not None
     pid = tl.program_id(0)
     head = pid % Hq
@@ -293,7 +306,6 @@ def query_gradient_kernel(
     g = _tile(grad, node, grad_node_stride, in_value, exists, VALUE_SIZE, BLOCK_VALUE, True)
     o = _tile(out, node, out_node_stride, in_value, exists, VALUE_SIZE, BLOCK_VALUE, True)
     d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + (b * Hq + head) * T + node, d, mask=exists)
     q = _tile(query, node, query_node_stride, in_head, exists, HEAD_SIZE, BLOCK_HEAD, True)
     log_sum = tl.load(lse + b * lse_row_stride + head * lse_head_stride + node, mask=exists, other=0.0) * LOG2E
     position = node
@@ -305,15 +317,17 @@ def query_gradient_kernel(
         slope = tl.load(alibi_slopes + head) * LOG2E
 
     sums = tl.zeros([BLOCK_QUERIES, BLOCK_HEAD], tl.float32)
+    sees = tl.zeros([BLOCK_QUERIES], tl.int32) + (tl.load(list_counts + owner * 2) > 0).to(tl.int32)
     for CUT in tl.static_range(2):
-        for i in range(0, tl.load(list_counts + owner * 2 + CUT)):
-            place = tl.load(lists + (width - 1 - i if CUT else i)) + column
-            row = tl.load(rows + place)
-            end = row
-            there = row >= 0
+        count = tl.load(list_counts + owner * 2 + CUT)
+        next_row, end = _keys_of(rows, ends, lists, width, 0, count, column, CUT)
+        for i in tl.range(0, count, num_stages=CUT_STAGES if CUT else None):
             if CUT:
-                end = tl.load(ends + place)
-                there = end > 0
+                row, end = _keys_of(rows, ends, lists, width, i, count, column, CUT)
+            else:
+                row = next_row
+                next_row, end = _keys_of(rows, ends, lists, width, i + 1, count, column, CUT)
+            there = end > 0
             k = _tile(keys, row, key_node_stride, in_head, there, HEAD_SIZE, BLOCK_HEAD, CUT)
             v = _tile(values, row, value_node_stride, in_value, there, VALUE_SIZE, BLOCK_VALUE, CUT)
             key_position = row
@@ -331,8 +345,12 @@ def query_gradient_kernel(
                 if HAS_WINDOW:
                     visible = visible & (-offset < window)
                 change = tl.where(visible, change, 0.0)
+                sees = sees | tl.max(visible.to(tl.int32), 1)
             sums = _times(change, k, sums, UPCAST)
 
+    at = (b * Hq + head) * T + node
+    tl.store(heights + at, tl.where(sees != 0, log_sum, float("inf")), mask=exists)
+    tl.store(delta + at, tl.where(sees != 0, d, 0.0), mask=exists)
     bad = tl.load(counts + plan * 4 + 2) != 0
     result = tl.where(bad, float("nan"), sums * scale)
     at = query_grad + ((b * T + node) * Hq + head)[:, None] * HEAD_SIZE + in_head[None, :]
@@ -341,8 +359,7 @@ def query_gradient_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "positions", "alibi_slopes", "rows", "ends", "counts", "lists", "list_counts", "lse", "delta",
-        "lse_row_stride", "lse_head_stride",
+        "positions", "alibi_slopes", "rows", "ends", "counts", "lists", "list_counts", "delta", "heights",
         "position_stride", "B", "Hk", "group", "T", "space", "per_row", "blocks", "width", "window", "parts",
     ]
 )  # fmt: skip
@@ -351,8 +368,8 @@ def key_value_gradient_kernel(
     keys,
     values,
     grad,
-    lse,
     delta,
+    heights,
     positions,  # or None
     alibi_slopes,  # or None
     rows,
@@ -374,8 +391,6 @@ def key_value_gradient_kernel(
     grad_row_stride,
     grad_head_stride,
     grad_node_stride,
-    lse_row_stride,
-    lse_head_stride,
     position_stride,
     B,
     Hk,
@@ -398,6 +413,7 @@ def key_value_gradient_kernel(
     BLOCK_VALUE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    CUT_STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """A block of ordered keys of one key head, for some of its query heads. Tiles are [keys, queries]."""
@@ -427,8 +443,8 @@ def key_value_gradient_kernel(
     lists += tl.cast(owner, tl.int64) * width
     query += b * query_row_stride
     grad += b * grad_row_stride
-    lse += b * lse_row_stride
     delta += b * Hk * group * T
+    heights += b * Hk * group * T
     keys += b * key_row_stride + head.to(tl.int64) * key_head_stride
     values += b * value_row_stride + head.to(tl.int64) * value_head_stride
     k = _tile(keys, row, key_node_stride, in_head, there, HEAD_SIZE, BLOCK_HEAD, True)
@@ -442,7 +458,7 @@ def key_value_gradient_kernel(
     value_sums = tl.zeros([BLOCK_KEYS, BLOCK_VALUE], tl.float32)
     for CUT in tl.static_range(2):
         count = tl.load(list_counts + owner * 2 + CUT)
-        for i in range(0, count * (group // parts)):
+        for i in tl.range(0, count * (group // parts), num_stages=CUT_STAGES if CUT else None):
             q_head = tl.cast(head * group + part * (group // parts) + i // count, tl.int64)
             j = i % count
             node = tl.load(lists + (width - 1 - j if CUT else j)) * BLOCK_QUERIES + column
@@ -450,33 +466,26 @@ def key_value_gradient_kernel(
             if HAS_ALIBI or (HAS_WINDOW and CUT):
                 position = tl.load(positions + node, mask=node < T, other=0)
             offset = key_position[:, None] - position[None, :]
-            sees = node >= 0
-            visible = there[:, None] & sees[None, :]
-            if CUT:
-                visible = (row[:, None] <= node[None, :]) & (node[None, :] < end[:, None])
-                if HAS_WINDOW:
-                    visible = visible & (-offset < window)
-                # A query that sees nothing may hold NaN, which a weight of 0 would not silence.
-                sees = tl.max(visible.to(tl.int32), 0) != 0
+            # A query that sees nothing may hold NaN, which a weight of 0 would not silence.
+            height = tl.load(heights + q_head * T + node, mask=node < T, other=float("inf"))
+            d = tl.load(delta + q_head * T + node, mask=node < T, other=0.0)
+            sees = height != float("inf")
             q = _tile(
                 query + q_head * query_head_stride, node, query_node_stride, in_head, sees, HEAD_SIZE, BLOCK_HEAD, CUT
             )
             g = _tile(
                 grad + q_head * grad_head_stride, node, grad_node_stride, in_value, sees, VALUE_SIZE, BLOCK_VALUE, CUT
             )
-            if CUT:
-                log_sum = tl.load(lse + q_head * lse_head_stride + node, mask=sees, other=0.0) * LOG2E
-                d = tl.load(delta + q_head * T + node, mask=sees, other=0.0)
-            else:
-                log_sum = tl.load(lse + q_head * lse_head_stride + node) * LOG2E
-                d = tl.load(delta + q_head * T + node)
             slope = 0.0
             if HAS_ALIBI:
                 slope = tl.load(alibi_slopes + q_head) * LOG2E
             products = multiply(k, q, UPCAST)
             scores, slant = _scores(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)
-            weights = tl.exp2(scores - log_sum[None, :])
+            weights = tl.exp2(scores - height[None, :])
             if CUT:
+                visible = (row[:, None] <= node[None, :]) & (node[None, :] < end[:, None])
+                if HAS_WINDOW:
+                    visible = visible & (-offset < window)
                 weights = tl.where(visible, weights, 0.0)
             value_sums = _times(weights, g, value_sums, UPCAST)
             change = weights * (multiply(v, g, UPCAST) - d[None, :])
@@ -503,6 +512,7 @@ class Blocks:
     keys: int
     warps: int
     stages: int  # depth of the pipeline that fetches what is visited
+    cut_stages: int = 2  # the same where there are masks, which take registers
 
     @property
     def options(self) -> dict[str, Any]:
@@ -513,15 +523,17 @@ class Blocks:
         }  # fmt: skip
 
 
-def block_sizes(kernel: str, width: int, dtype: torch.dtype) -> Blocks:
+def block_sizes(kernel: str, width: int, dtype: torch.dtype, capability: int) -> Blocks:
     """Block sizes of ``"forward"``, ``"query_gradient"`` or ``"key_value_gradient"``, chosen so that nothing spills.
 
-    ``width`` is the larger of head size and value size. ``bench/triton_resources.py`` shows what they cost.
+    ``width`` is the larger of head size and value size; ``capability`` is the GPU's, 80, 90 and so on: before 90 the
+    operands of a product pass through registers. ``bench/triton_resources.py`` shows what they cost.
     """
     wide = 64 if width <= 64 else 128 if width <= 128 else 256
     if dtype == torch.float32:
         return _BLOCKS_FP32[kernel, wide]
-    return _BLOCKS[kernel, wide]
+    older = _BLOCKS_BEFORE_90.get((kernel, wide))
+    return older if older is not None and capability < 90 else _BLOCKS[kernel, wide]
 
 
 _BLOCKS = {
@@ -535,6 +547,14 @@ _BLOCKS = {
     ("key_value_gradient", 128): Blocks(64, 64, warps=8, stages=2),
     ("key_value_gradient", 256): Blocks(32, 32, warps=8, stages=1),
 }
+_BLOCKS_BEFORE_90 = {
+    ("forward", 64): Blocks(64, 64, warps=4, stages=3),
+    ("query_gradient", 64): Blocks(64, 32, warps=4, stages=2),
+    ("key_value_gradient", 64): Blocks(64, 64, warps=8, stages=2),
+    ("forward", 128): Blocks(128, 32, warps=8, stages=3),
+    ("query_gradient", 128): Blocks(64, 32, warps=8, stages=2),
+    ("key_value_gradient", 128): Blocks(32, 64, warps=8, stages=2),
+}
 # Products of fp32 are not for the tensor cores, so all operands pass through registers.
 _BLOCKS_FP32 = {
     ("forward", 64): Blocks(32, 32, warps=8, stages=2),
@@ -544,7 +564,7 @@ _BLOCKS_FP32 = {
     ("query_gradient", 128): Blocks(16, 32, warps=8, stages=1),
     ("query_gradient", 256): Blocks(16, 16, warps=8, stages=1),
     ("key_value_gradient", 64): Blocks(32, 32, warps=8, stages=1),
-    ("key_value_gradient", 128): Blocks(16, 32, warps=8, stages=1),
+    ("key_value_gradient", 128): Blocks(16, 16, warps=8, stages=1),
     ("key_value_gradient", 256): Blocks(16, 16, warps=8, stages=1),
 }
 
@@ -598,8 +618,9 @@ def packed_tree_attention_triton(
         empty = query.new_empty(B, T, Hq, value.shape[3])
         return empty.transpose(1, 2), query.new_empty(B, Hq, T, dtype=torch.float32)
     call = forward(
-        query, key, value, subtree_end, cu_seqlens, positions, sinks, alibi_slopes, scale, window, softcap, flag=flag
-    )
+        query, key, value, subtree_end, cu_seqlens, positions, sinks, alibi_slopes, scale, window, softcap, flag=flag,
+        capability=capability_of(query.device),
+    )  # fmt: skip
     out, lse = call.run(query.device)
     return out.to(query.dtype).transpose(1, 2), lse
 
@@ -630,7 +651,7 @@ def packed_tree_attention_backward_triton(
         return queries, keys, values
     call = backward(
         grad, query, key, value, out, lse, subtree_end, cu_seqlens, positions, alibi_slopes, scale, window, softcap,
-        flag=flag, multiprocessors=multiprocessors_of(query.device),
+        flag=flag, capability=capability_of(query.device), multiprocessors=multiprocessors_of(query.device),
     )  # fmt: skip
     query_grad, key_grad, value_grad = call.run(query.device)
     # Parts are added up in fp32, in their order.
@@ -662,6 +683,7 @@ def forward(
     softcap: float | None,
     *,
     flag: Tensor | None,
+    capability: int,
 ) -> Call:
     """The launches of a forward pass; results are ``[B, T, Hq, Dv]`` and ``[B, Hq, T]``.
 
@@ -669,7 +691,7 @@ def forward(
     """
     B, Hq, T, D = query.shape
     Dv = value.shape[3]
-    sizes = block_sizes("forward", max(D, Dv), query.dtype)
+    sizes = block_sizes("forward", max(D, Dv), query.dtype, capability)
     keys = order(subtree_end, cu_seqlens, positions, window, flag)
     visited = lists(keys, sizes.queries, sizes.keys, by_query=True)
     out = query.new_empty(B, T, Hq, Dv, dtype=_stored(query.dtype))
@@ -705,6 +727,7 @@ def backward(
     softcap: float | None,
     *,
     flag: Tensor | None,
+    capability: int,
     multiprocessors: int,
 ) -> Call:
     """The launches of a backward pass; results are ``[B, T, Hq, D]``, and ``[parts, B, T, Hk, D or Dv]`` for keys."""
@@ -712,24 +735,26 @@ def backward(
     Hk, Dv = value.shape[1], value.shape[3]
     scale = D**-0.5 if scale is None else scale
     keys = order(subtree_end, cu_seqlens, positions, window, flag)
-    delta = query.new_empty(B, Hq, T, dtype=torch.float32)
+    delta, heights = (query.new_empty(B, Hq, T, dtype=torch.float32) for _ in range(2))
 
-    sizes = block_sizes("query_gradient", max(D, Dv), query.dtype)
+    sizes = block_sizes("query_gradient", max(D, Dv), query.dtype, capability)
     by_query = lists(keys, sizes.queries, sizes.keys, by_query=True)
     query_grad = query.new_empty(B, T, Hq, D, dtype=_stored(query.dtype))
-    given = {"grad": grad, "lse": lse, "delta": delta, "scale": scale, **_strides("grad", grad)}
-    given |= {"lse_row_stride": stride(lse, 0), "lse_head_stride": stride(lse, 1)}
+    given = {"grad": grad, "delta": delta, "heights": heights, "scale": scale, **_strides("grad", grad)}
     arguments = {
         **_shared(query, key, value, positions, alibi_slopes, keys, by_query, sizes, scale, window, softcap),
         **given,
         **_strides("out", out),
         "out": out,
+        "lse": lse,
+        "lse_row_stride": stride(lse, 0),
+        "lse_head_stride": stride(lse, 1),
         "query_grad": query_grad,
         "Hq": Hq,
     }
     of_queries = Launch(query_gradient_kernel, by_query.owners * B * Hq, arguments, sizes.options)
 
-    sizes = block_sizes("key_value_gradient", max(D, Dv), query.dtype)
+    sizes = block_sizes("key_value_gradient", max(D, Dv), query.dtype, capability)
     by_key = lists(keys, sizes.queries, sizes.keys, by_query=False)
     parts = choose_parts(by_key.owners * B * Hk, Hq // Hk, multiprocessors)
     stored = _stored(query.dtype) if parts == 1 else torch.float32
@@ -815,5 +840,6 @@ def _shared(
         "BLOCK_VALUE": max(triton.next_power_of_2(Dv), 16),
         "HAS_WINDOW": window is not None,
         "HAS_SOFTCAP": softcap is not None,
+        "CUT_STAGES": sizes.cut_stages,
         "UPCAST": interpreting() and query.dtype == torch.bfloat16,
     }
