@@ -353,9 +353,9 @@ def packed(out: Out = None, quick: Quick = False, dry_run: Dry = False, minutes:
         "benchmark": "packed", "dry_run": dry_run, "quick": quick, "complete": False, "aborted": None,
         "date": date.today().isoformat(), "device": machine.describe(), "versions": versions(),
         "dtype": str(machine.dtype).removeprefix("torch."),
-        "method": "A forward and a backward pass on one set of buffers, sides in turns; each was compared with the fp32 "
-        "reference on a small problem of the same kind and with the first side on this one (relative error of every "
-        f"tensor at most {gpu_packed.TOLERANCE[machine.dtype]:g}).",
+        "method": "A forward and a backward pass on one set of buffers, sides in turns; each was compared with the "
+        "fp32 reference on a small problem of the same kind and with the first side on this one (relative error of "
+        f"every tensor at most {gpu_packed.TOLERANCE[machine.dtype]:g}).",
     }  # fmt: skip
 
     with _directory(out, dry_run) as directory:

@@ -233,6 +233,12 @@ def _against_reference(machine: Machine, shape: Shape, side: Side, seed: int) ->
     return _checked(side(problem), ours(wide, "reference"), TOLERANCE[machine.dtype])
 
 
+def _make_ready(
+    machine: Machine, work: Callable[[], Results], compare: Callable[[Results], dict[str, Any]]
+) -> tuple[dict[str, Any], Ready | None]:
+    return gpu_machine.make_ready(machine, lambda turn: work(), 1, lambda run, turns: compare(run()), least_calls=1)
+
+
 def time_shape(machine: Machine, shape: Shape, sides: dict[str, Side], seed: int, end: float) -> dict[str, Entry]:
     """The records of all sides at one shape."""
     problem = make_problem(shape, machine.device, machine.dtype, seed)
@@ -248,10 +254,8 @@ def time_shape(machine: Machine, shape: Shape, sides: dict[str, Side], seed: int
                 continue
             if wanted is None:
                 wanted = tuple(tensor.clone() for tensor in machine.first(partial(side, problem)))
-            found, one = gpu_machine.make_ready(
-                machine, lambda turn, side=side: side(problem), 1,  # type: ignore[misc]
-                lambda run, turns: _checked(run(), wanted, TOLERANCE[machine.dtype]), least_calls=1,
-            )  # fmt: skip
+            compare = partial(_checked, wanted=wanted, tolerance=TOLERANCE[machine.dtype])
+            found, one = _make_ready(machine, partial(side, problem), compare)
         except Exception as error:
             why = first_line(error)
             if not machine.healthy():

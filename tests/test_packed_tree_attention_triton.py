@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ NAMES = ("output", "query's gradient", "key's gradient", "value's gradient", "si
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """So that small problems have many blocks, keys that live long, and such that do not."""
-    monkeypatch.setattr(kernels, "block_sizes", lambda *_: SMALL)
+    monkeypatch.setattr(kernels, "block_sizes", lambda *_, **__: SMALL)
     monkeypatch.setattr(orders, "LONG", 12)
 
 
@@ -94,7 +95,7 @@ def visible(subtree_end: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     R, T = subtree_end.shape
     sees = torch.zeros(R, T, T, dtype=torch.bool)
     bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         node = torch.arange(stop - start)
         here = (node <= node[:, None]) & (node[:, None] < subtree_end[:, None, start:stop])
         sees[:, start:stop, start:stop] = here

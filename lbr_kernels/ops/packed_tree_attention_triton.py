@@ -189,7 +189,7 @@ def forward_kernel(
                 key_position = tl.load(positions + row)
             if CUT or HAS_ALIBI or HAS_SOFTCAP:
                 offset = key_position[None, :] - position[:, None]
-                scores, slant = _scores(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)
+                scores = _scores(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)[0]
                 if CUT:
                     visible = (row[None, :] <= node[:, None]) & (node[:, None] < end[None, :])
                     if HAS_WINDOW:
@@ -523,17 +523,18 @@ class Blocks:
         }  # fmt: skip
 
 
-def block_sizes(kernel: str, width: int, dtype: torch.dtype, capability: int) -> Blocks:
+def block_sizes(kernel: str, width: int, dtype: torch.dtype, capability: int, *, adjusted: bool) -> Blocks:
     """Block sizes of ``"forward"``, ``"query_gradient"`` or ``"key_value_gradient"``, chosen so that nothing spills.
 
     ``width`` is the larger of head size and value size; ``capability`` is the GPU's, 80, 90 and so on: before 90 the
-    operands of a product pass through registers. ``bench/triton_resources.py`` shows what they cost.
+    operands of a product pass through registers. ``adjusted``: scores are more than scaled products. ``bench/triton_resources.py`` shows
+    what they cost.
     """
     wide = 64 if width <= 64 else 128 if width <= 128 else 256
     if dtype == torch.float32:
         return _BLOCKS_FP32[kernel, wide]
-    older = _BLOCKS_BEFORE_90.get((kernel, wide))
-    return older if older is not None and capability < 90 else _BLOCKS[kernel, wide]
+    table = _BLOCKS_BEFORE_90 if capability < 90 else _BLOCKS_ADJUSTED if adjusted else _BLOCKS
+    return table.get((kernel, wide), _BLOCKS[kernel, wide])
 
 
 _BLOCKS = {
@@ -547,10 +548,15 @@ _BLOCKS = {
     ("key_value_gradient", 128): Blocks(64, 64, warps=8, stages=2),
     ("key_value_gradient", 256): Blocks(32, 32, warps=8, stages=1),
 }
+_BLOCKS_ADJUSTED = {
+    ("query_gradient", 128): Blocks(128, 32, warps=8, stages=2),
+    ("key_value_gradient", 64): Blocks(32, 64, warps=8, stages=2),
+    ("key_value_gradient", 128): Blocks(32, 64, warps=8, stages=2),
+}
 _BLOCKS_BEFORE_90 = {
     ("forward", 64): Blocks(64, 64, warps=4, stages=3),
     ("query_gradient", 64): Blocks(64, 32, warps=4, stages=2),
-    ("key_value_gradient", 64): Blocks(64, 64, warps=8, stages=2),
+    ("key_value_gradient", 64): Blocks(32, 64, warps=8, stages=2),
     ("forward", 128): Blocks(128, 32, warps=8, stages=3),
     ("query_gradient", 128): Blocks(64, 32, warps=8, stages=2),
     ("key_value_gradient", 128): Blocks(32, 64, warps=8, stages=2),
@@ -645,7 +651,7 @@ def packed_tree_attention_backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; ``out`` and ``lse`` are what the forward gave, sink included."""
     _check_sizes(query, value)
-    B, Hq, T, D = query.shape
+    B, Hq, T, _ = query.shape
     if B * Hq * T == 0:
         queries, keys, values = (t.new_zeros(t.transpose(1, 2).shape).transpose(1, 2) for t in (query, key, value))
         return queries, keys, values
@@ -691,7 +697,8 @@ def forward(
     """
     B, Hq, T, D = query.shape
     Dv = value.shape[3]
-    sizes = block_sizes("forward", max(D, Dv), query.dtype, capability)
+    adjusted = positions is not None or softcap is not None
+    sizes = block_sizes("forward", max(D, Dv), query.dtype, capability, adjusted=adjusted)
     keys = order(subtree_end, cu_seqlens, positions, window, flag)
     visited = lists(keys, sizes.queries, sizes.keys, by_query=True)
     out = query.new_empty(B, T, Hq, Dv, dtype=_stored(query.dtype))
@@ -734,10 +741,11 @@ def backward(
     B, Hq, T, D = query.shape
     Hk, Dv = value.shape[1], value.shape[3]
     scale = D**-0.5 if scale is None else scale
+    adjusted = positions is not None or softcap is not None
     keys = order(subtree_end, cu_seqlens, positions, window, flag)
     delta, heights = (query.new_empty(B, Hq, T, dtype=torch.float32) for _ in range(2))
 
-    sizes = block_sizes("query_gradient", max(D, Dv), query.dtype, capability)
+    sizes = block_sizes("query_gradient", max(D, Dv), query.dtype, capability, adjusted=adjusted)
     by_query = lists(keys, sizes.queries, sizes.keys, by_query=True)
     query_grad = query.new_empty(B, T, Hq, D, dtype=_stored(query.dtype))
     given = {"grad": grad, "delta": delta, "heights": heights, "scale": scale, **_strides("grad", grad)}
@@ -754,7 +762,7 @@ def backward(
     }
     of_queries = Launch(query_gradient_kernel, by_query.owners * B * Hq, arguments, sizes.options)
 
-    sizes = block_sizes("key_value_gradient", max(D, Dv), query.dtype, capability)
+    sizes = block_sizes("key_value_gradient", max(D, Dv), query.dtype, capability, adjusted=adjusted)
     by_key = lists(keys, sizes.queries, sizes.keys, by_query=False)
     parts = choose_parts(by_key.owners * B * Hk, Hq // Hk, multiprocessors)
     stored = _stored(query.dtype) if parts == 1 else torch.float32

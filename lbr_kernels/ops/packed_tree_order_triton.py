@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: ANN001, ANN201 -- a kernel's arguments are pointers and numbers; the launch says which
-"""What the Triton kernels of packed_tree_attention read, found on the device: the keys in an order, and lists of blocks.
+"""What the Triton kernels of packed_tree_attention read, found on the device: an order of the keys, lists of blocks.
 
 Contract
 --------
