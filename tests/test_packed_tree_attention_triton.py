@@ -320,23 +320,12 @@ def test_strides():
 
 def test_results_are_the_same_each_time_and_in_bounds():
     """Guards around all that is read or written stay as they were, and scratch holds nothing that is needed."""
-    p = {n: to_device(t, DEVICE) for n, t in problem(rollouts(49, 10, 2), group=2, D=20).items()}
+    p = {n: to_device(t, DEVICE) for n, t in problem(rollouts(34, 10, 2), group=2, D=20).items()}
     given = (p["query"], p["key"], p["value"], p["subtree_end"])
     out, lse = ops.packed_tree_attention(*given, return_lse=True, backend="triton")
-    nothing = (None,) * 3
-    forward = kernels.forward(*given, *nothing, *nothing[:2], *nothing, flag=None, capability=80)
+    forward = kernels.forward(*given, *(None,) * 7, flag=None, capability=80)
     backward = kernels.backward(
-        p["grad"],
-        *given[:3],
-        out,
-        lse,
-        given[3],
-        *nothing,
-        *nothing,
-        None,
-        flag=None,
-        capability=80,
-        multiprocessors=99,
+        p["grad"], *given[:3], out, lse, given[3], *(None,) * 6, flag=None, capability=80, multiprocessors=99
     )
     for call in (forward, backward):
         guarded, copies, first = Guarded(), {}, None
@@ -373,7 +362,7 @@ def listed(ends: Tensor, positions: Tensor | None, window: int | None, *, by_que
 
 @pytest.mark.parametrize("by_query", [True, False])
 @pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("tree", [t for t in TREES if "r" in t])
+@pytest.mark.parametrize("tree", ["random", "trajectory, longer branches", "rollouts", "ends that do not nest"])
 def test_lists_hold_what_is_seen(tree, window, by_query):
     """Every pair that sees anything once; as whole, only what all see; and no block that nobody here sees."""
     ends = torch.tensor([TREES[tree]], dtype=torch.int32)
@@ -507,7 +496,7 @@ def test_head_size_is_limited():
         ("grad", lambda t: t[:, :1], r"grad has shape \[1, 1, 9, 16\], expected \[1, 2, 9, 16\]"),
         ("out", lambda t: t.double(), "out has dtype torch.float64, expected torch.float32"),
         ("lse", lambda t: t[..., :1], r"lse has shape \[1, 2, 1\], expected \[1, 2, 9\]"),
-        ("key", lambda t: t[..., :4], r"key has shape \[1, 1, 9, 4\], expected \[1, 1, 9, 16\]"),
+        ("key", lambda t: t[..., :4], r"key has shape \[1, 1, 9, 4\], expected \[1, Hk, 9, 16\]"),
     ],
 )
 def test_what_the_gradient_refuses(name, change, message):

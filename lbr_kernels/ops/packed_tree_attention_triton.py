@@ -527,8 +527,8 @@ def block_sizes(kernel: str, width: int, dtype: torch.dtype, capability: int, *,
     """Block sizes of ``"forward"``, ``"query_gradient"`` or ``"key_value_gradient"``, chosen so that nothing spills.
 
     ``width`` is the larger of head size and value size; ``capability`` is the GPU's, 80, 90 and so on: before 90 the
-    operands of a product pass through registers. ``adjusted``: scores are more than scaled products. ``bench/triton_resources.py`` shows
-    what they cost.
+    operands of a product pass through registers. ``adjusted``: scores are more than scaled products.
+    ``bench/triton_resources.py`` shows what they cost.
     """
     wide = 64 if width <= 64 else 128 if width <= 128 else 256
     if dtype == torch.float32:
@@ -538,7 +538,7 @@ def block_sizes(kernel: str, width: int, dtype: torch.dtype, capability: int, *,
 
 
 _BLOCKS = {
-    ("forward", 64): Blocks(128, 64, warps=4, stages=3),
+    ("forward", 64): Blocks(128, 64, warps=8, stages=3),
     ("forward", 128): Blocks(128, 64, warps=8, stages=3),
     ("forward", 256): Blocks(64, 32, warps=8, stages=2),
     ("query_gradient", 64): Blocks(128, 64, warps=8, stages=3),
