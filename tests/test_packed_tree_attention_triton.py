@@ -178,6 +178,7 @@ TREES = {
     "random again": random_tree(39, 5),
     "trajectory, K=3, L=1": trajectory(65, 2),
     "trajectory, longer branches": trajectory(60, 8),
+    "short lives begin with a block's last query": trajectory(40, 2, prompt=15),
     "rollouts": rollouts(60),
     "one node": [1],
     "a block": chain(16),
@@ -362,7 +363,16 @@ def listed(ends: Tensor, positions: Tensor | None, window: int | None, *, by_que
 
 @pytest.mark.parametrize("by_query", [True, False])
 @pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("tree", ["random", "trajectory, longer branches", "rollouts", "ends that do not nest"])
+@pytest.mark.parametrize(
+    "tree",
+    [
+        "random",
+        "trajectory, longer branches",
+        "short lives begin with a block's last query",
+        "rollouts",
+        "ends that do not nest",
+    ],
+)
 def test_lists_hold_what_is_seen(tree, window, by_query):
     """Every pair that sees anything once; as whole, only what all see; and no block that nobody here sees."""
     ends = torch.tensor([TREES[tree]], dtype=torch.int32)

@@ -549,6 +549,8 @@ _BLOCKS = {
     ("key_value_gradient", 256): Blocks(32, 32, warps=8, stages=1),
 }
 _BLOCKS_ADJUSTED = {
+    ("query_gradient", 256): Blocks(32, 32, warps=8, stages=2),
+    ("query_gradient", 64): Blocks(128, 32, warps=8, stages=2),
     ("query_gradient", 128): Blocks(128, 32, warps=8, stages=2),
     ("key_value_gradient", 64): Blocks(32, 64, warps=8, stages=2),
     ("key_value_gradient", 128): Blocks(32, 64, warps=8, stages=2),
