@@ -307,7 +307,6 @@ KERNELS: dict[str, Callable[..., Launch]] = {
             (torch.bfloat16, 64, True),
             (torch.bfloat16, 128, True),
             (torch.bfloat16, 256, True),
-            (torch.float32, 256, True),
         )
         for kernel in PACKED
     },

@@ -528,7 +528,7 @@ def block_sizes(kernel: str, width: int, dtype: torch.dtype, capability: int, *,
 
     ``width`` is the larger of head size and value size; ``capability`` is the GPU's, 80, 90 and so on: before 90 the
     operands of a product pass through registers. ``adjusted``: scores are more than scaled products.
-    ``bench/triton_resources.py`` shows what they cost.
+    ``bench/triton_resources.py`` shows what they cost. What does spill: gradients in fp32 over head size 128, adjusted.
     """
     wide = 64 if width <= 64 else 128 if width <= 128 else 256
     if dtype == torch.float32:
