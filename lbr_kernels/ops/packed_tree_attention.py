@@ -170,7 +170,8 @@ def check_backward_arguments(
         check.device(name, tensor, query.device)
         check.shape(name, tensor, (*axes, Axis("Dv", value.shape[3])))
         check.dtype(name, tensor, query.dtype)
-        check.last_contiguous(name, tensor)
+        if tensor.numel():  # an empty one is contiguous in torch's eyes, whatever its strides
+            check.last_contiguous(name, tensor)
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     check.side_input("lse", lse, lse_dtype, axes, query.device)
 
@@ -307,10 +308,10 @@ def packed_tree_attention_backward_ref(
 def register_gradient(op: str, backward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
     """Make ``torch.ops.lbr_kernels.<op>`` differentiable; ``backward`` takes what the reference's takes."""
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Any = None) -> None:
         query, key, value, subtree_end, cu_seqlens, positions, sinks, alibi_slopes, *ctx.settings = inputs
         out, lse = output
-        ctx.keywords = keyword_only_inputs
+        ctx.keywords = keyword_only_inputs or {}
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(query, key, value, out, lse, subtree_end, cu_seqlens, positions, sinks, alibi_slopes)
 
