@@ -74,7 +74,7 @@ def bench_packed_tree_attention(
 
     def both(attend: Callable[[], Any]) -> Work:
         def work() -> tuple[Tensor, ...]:
-            with torch.enable_grad():  # type: ignore[no-untyped-call]
+            with torch.enable_grad():
                 out = attend()
                 return (out, *torch.autograd.grad(out, (query, key, value), grad))
 

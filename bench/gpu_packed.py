@@ -49,7 +49,7 @@ class Shape:
 
     @property
     def nodes(self) -> int:
-        return self.packs * self.committed * self.width**self.depth
+        return self.packs * self.committed * int(self.width**self.depth)
 
     def pairs(self) -> int:
         """What has to be computed at least: pairs of a query and a key that it sees."""
