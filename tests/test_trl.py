@@ -306,7 +306,7 @@ def test_rows_draw_from_their_own_streams(tmp_path, monkeypatch):
     generate = module.generate
 
     def spy(*args, **kwargs):
-        seen.append((kwargs["streams"].tolist(), kwargs["num_return_sequences"], args[1].shape))
+        seen.append((kwargs["streams"].tolist(), kwargs["generation_config"].num_return_sequences, args[1].shape))
         return generate(*args, **kwargs)
 
     monkeypatch.setattr(module, "generate", spy)

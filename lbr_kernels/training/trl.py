@@ -166,6 +166,11 @@ class LBRGRPOTrainer(GRPOTrainer):
         self._recorded_once = self._saving = self._checked = False
         self._evaluation = (-1, 0)  # step, and how many batches of it have been decoded
         super().__init__(model, functions, config, **trainer)
+        if config.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"LBRGRPOTrainer: fsdp is {config.fsdp!r}, and accelerate runs this as "
+                f"{self.accelerator.distributed_type}, which shards nothing; expected several GPUs, or no fsdp"
+            )
         if self.is_fsdp_enabled and self._dist.fsdp_version != 2:
             raise ValueError(f"LBRGRPOTrainer: fsdp_version is {self._dist.fsdp_version}, expected 2")
         if self.aux_loss_enabled:
@@ -212,6 +217,8 @@ class LBRGRPOTrainer(GRPOTrainer):
         masks = [torch.ones_like(ids) for ids in prompts]
         padded = pad(prompts, padding_value=self._tokenizer.pad_token_id, padding_side="left")
         device, draws = self.accelerator.device, self._generator()
+        asked = copy.deepcopy(self.generation_config)
+        asked.update(num_return_sequences=repeats, return_dict_in_generate=True)
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -228,8 +235,7 @@ class LBRGRPOTrainer(GRPOTrainer):
                 policy,
                 padded.to(device),
                 attention_mask=pad(masks, padding_value=0, padding_side="left").to(device),
-                generation_config=self.generation_config,
-                num_return_sequences=repeats,
+                generation_config=asked,
                 width=config.width,
                 depth=config.depth,
                 router=self.router,
@@ -238,7 +244,6 @@ class LBRGRPOTrainer(GRPOTrainer):
                 generator=draws,
                 # Numbered over all processes: what a row draws does not depend on how many there are.
                 streams=torch.arange(rows) + rows * self.accelerator.process_index,
-                return_dict_in_generate=True,
             )
         assert isinstance(out, LBRGenerateOutput)
         assert out.trajectory is not None
@@ -282,18 +287,21 @@ class LBRGRPOTrainer(GRPOTrainer):
     def _unsharded(self) -> Iterator[None]:
         """Hold whole parameters under FSDP2, as processes decode for different numbers of steps and must not wait."""
         shards = [m for m in self.model_wrapped.modules() if isinstance(m, FSDPModule)] if self.is_fsdp_enabled else []
+        groups = {group for module in shards for group in module._get_fsdp_state()._fsdp_param_groups}
+        kept = {group: group.post_forward_mesh_info for group in groups}
         for module in shards:
             module.unshard()
-            module.set_reshard_after_forward(False, recurse=False)
+        for group in groups:
+            group.post_forward_mesh_info = None  # not resharded after a forward
         try:
             yield
         finally:
+            # The root goes on keeping its own parameters between forward and backward: the router's are among them.
+            root = set(self.model_wrapped._get_fsdp_state()._fsdp_param_groups) if shards else set()
+            for group in groups - root:
+                group.post_forward_mesh_info = kept[group]
             for module in shards:
                 module.reshard()
-                # The root keeps its own parameters (embeddings, head, router) until backward: they are needed
-                # after the layers have been through.
-                again = module is not self.model and self.accelerator.state.fsdp_plugin.reshard_after_forward
-                module.set_reshard_after_forward(bool(again), recurse=False)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         # The first log-probabilities that TRL asks for, if it does at all, are those of the behaviour.
@@ -324,8 +332,7 @@ class LBRGRPOTrainer(GRPOTrainer):
             detach_router_input=self._lbr.detach_router_input, allow_filters=self._lbr.allow_filters,
             on_policy=False, **options,
         )  # fmt: skip
-        log_probs: TrajectoryLogProbs = model(lbr_run=run)
-        return log_probs
+        return TrajectoryLogProbs(**model(lbr_run=lambda policy: dict(vars(run(policy)))))
 
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, *args: Any, batch_size: int | None = None, **kwargs: Any
@@ -604,7 +611,8 @@ def _checked(function: Any) -> Any:
 def _run_inside(model: nn.Module) -> None:
     """Let ``model(lbr_run=f)`` return ``f(model)``.
 
-    Several forwards of the policy's parts then are one forward for DDP, FSDP and ZeRO, whose bookkeeping is around it.
+    Several forwards of the policy's parts then are one forward for DDP, FSDP and ZeRO, whose bookkeeping is around it;
+    they look for tensors in lists and dictionaries of what is returned.
     """
     forward = model.forward
 
