@@ -338,6 +338,7 @@ def test_rows_draw_from_their_own_streams(tmp_path, monkeypatch):
         ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching is True"),
         ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32 is True"),
         ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold is 0.1"),
+        ({"fsdp": True}, "fsdp is True, expected none; DDP is supported"),
         ({"behaviour": "old"}, "behaviour is 'old', expected 'recorded' or 'recomputed'"),
         ({"nodes": "max"}, "nodes is 'max'"),
         ({"width": 0}, "width is 0"),

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 from datasets import Dataset
 from models import tiny_model
@@ -114,23 +113,8 @@ class Pause(TrainerCallback):
             time.sleep(600)
 
 
-def allow_fsdp_on_cpus() -> None:
-    """accelerate shards on GPUs alone and falls back to DDP on CPUs, in silence; torch's ``fully_shard`` does both."""
-    state = accelerate.state.AcceleratorState
-    original = state.__init__
-
-    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")
-        if plugin is not None and self.distributed_type == accelerate.DistributedType.MULTI_CPU:
-            self.distributed_type, self.fsdp_plugin = accelerate.DistributedType.FSDP, plugin
-
-    state.__init__ = init
-
-
 def main(options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    allow_fsdp_on_cpus()
     torch.use_deterministic_algorithms(True, warn_only=True)
     made = trainer(options["args"].pop("output_dir"), policy=options.get("model"), **options["args"])
     decode, calls = module.generate, []

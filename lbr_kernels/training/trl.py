@@ -8,9 +8,9 @@ Datasets, reward functions, advantages, callbacks, schedules, accumulation, eval
 - completions come from :func:`lbr_kernels.generate`; their trajectories travel with TRL's other tensors, rows first;
 - the loss is :func:`policy_loss` of :func:`trajectory_log_probs`, reduced as ``loss_type`` says ("dapo", "bnpo",
   "grpo" or "dr_grpo") over the same batches that TRL reduces over; at width 1 it is TRL's;
-- the router is a submodule of the policy, so that whatever accelerate does to the model (DDP, FSDP2, ZeRO) it does to
-  both; it has its own learning rate, and it is written beside the model, never into its weights: ``router/`` in every
-  checkpoint and on the Hub;
+- the router is a submodule of the policy, so that whatever accelerate does to the model it does to both; it has its own
+  learning rate, and it is written beside the model, never into its weights: ``router/`` in every checkpoint and on the
+  Hub;
 - a checkpoint appears under its name once it is whole, and holds what is needed to go on exactly, rollouts that are
   still in use included.
 
@@ -39,7 +39,6 @@ import trl
 from accelerate.logging import get_logger
 from packaging.version import Version
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
@@ -166,13 +165,9 @@ class LBRGRPOTrainer(GRPOTrainer):
         self._recorded_once = self._saving = self._checked = False
         self._evaluation = (-1, 0)  # step, and how many batches of it have been decoded
         super().__init__(model, functions, config, **trainer)
-        if config.fsdp and not self.is_fsdp_enabled:
-            raise ValueError(
-                f"LBRGRPOTrainer: fsdp is {config.fsdp!r}, and accelerate runs this as "
-                f"{self.accelerator.distributed_type}, which shards nothing; expected several GPUs, or no fsdp"
-            )
-        if self.is_fsdp_enabled and self._dist.fsdp_version != 2:
-            raise ValueError(f"LBRGRPOTrainer: fsdp_version is {self._dist.fsdp_version}, expected 2")
+        if config.fsdp or self.is_fsdp_enabled:
+            # The head is called apart from the norm that accelerate shards it with: backward finds freed parameters.
+            raise ValueError(f"LBRGRPOTrainer: fsdp is {config.fsdp!r}, expected none; DDP is supported")
         if self.aux_loss_enabled:
             raise ValueError("LBRGRPOTrainer: router_aux_loss_coef of the model is not 0, expected 0 in its config")
         if config.width > 1:
@@ -226,7 +221,6 @@ class LBRGRPOTrainer(GRPOTrainer):
                 gather_deepspeed3_params=True,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as policy,
-            self._unsharded(),
             torch.no_grad(),
             _evaluating(policy),
         ):
@@ -283,26 +277,6 @@ class LBRGRPOTrainer(GRPOTrainer):
         words = np.random.SeedSequence([self.args.seed, *key]).generate_state(2)
         return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
-    @contextmanager
-    def _unsharded(self) -> Iterator[None]:
-        """Hold whole parameters under FSDP2, as processes decode for different numbers of steps and must not wait."""
-        shards = [m for m in self.model_wrapped.modules() if isinstance(m, FSDPModule)] if self.is_fsdp_enabled else []
-        groups = {group for module in shards for group in module._get_fsdp_state()._fsdp_param_groups}
-        kept = {group: group.post_forward_mesh_info for group in groups}
-        for module in shards:
-            module.unshard()
-        for group in groups:
-            group.post_forward_mesh_info = None  # not resharded after a forward
-        try:
-            yield
-        finally:
-            # The root goes on keeping its own parameters between forward and backward: the router's are among them.
-            root = set(self.model_wrapped._get_fsdp_state()._fsdp_param_groups) if shards else set()
-            for group in groups - root:
-                group.post_forward_mesh_info = kept[group]
-            for module in shards:
-                module.reshard()
-
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         # The first log-probabilities that TRL asks for, if it does at all, are those of the behaviour.
         every = self.args.steps_per_generation * self.num_iterations
@@ -327,7 +301,7 @@ class LBRGRPOTrainer(GRPOTrainer):
     def _likelihood(self, model: nn.Module, trajectory: TreeTrajectory, **options: Any) -> TrajectoryLogProbs:
         """The likelihood as one forward of the policy, wrappers and all."""
         router = self.reference_router if options.pop("reference", False) else self.router
-        run = functools.partial(
+        run: Callable[[nn.Module], TrajectoryLogProbs] = functools.partial(
             trajectory_log_probs, router=router, trajectory=trajectory, backend=self._lbr.backend,
             detach_router_input=self._lbr.detach_router_input, allow_filters=self._lbr.allow_filters,
             on_policy=False, **options,
@@ -504,8 +478,7 @@ class LBRGRPOTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # FSDP's own file holds all of the policy, the router included.
-        if self.router is not None and not self.is_fsdp_enabled:
+        if self.router is not None:
             saved = Router.from_pretrained(os.path.join(resume_from_checkpoint, ROUTER_FOLDER))
             self.router.load_state_dict(saved.state_dict())
 
@@ -611,7 +584,7 @@ def _checked(function: Any) -> Any:
 def _run_inside(model: nn.Module) -> None:
     """Let ``model(lbr_run=f)`` return ``f(model)``.
 
-    Several forwards of the policy's parts then are one forward for DDP, FSDP and ZeRO, whose bookkeeping is around it;
+    Several forwards of the policy's parts then are one forward for DDP and ZeRO, whose bookkeeping is around it;
     they look for tensors in lists and dictionaries of what is returned.
     """
     forward = model.forward
