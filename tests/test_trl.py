@@ -338,7 +338,6 @@ def test_rows_draw_from_their_own_streams(tmp_path, monkeypatch):
         ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching is True"),
         ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32 is True"),
         ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold is 0.1"),
-        ({"fsdp": True}, "fsdp is True, expected none; DDP is supported"),
         ({"behaviour": "old"}, "behaviour is 'old', expected 'recorded' or 'recomputed'"),
         ({"nodes": "max"}, "nodes is 'max'"),
         ({"width": 0}, "width is 0"),
@@ -352,6 +351,13 @@ def test_rows_draw_from_their_own_streams(tmp_path, monkeypatch):
 def test_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **change)
+
+
+def test_sharding_is_refused(tmp_path):
+    args = config(tmp_path)
+    args.fsdp = True  # transformers takes it in a distributed run only
+    with pytest.raises(ValueError, match="fsdp is True, expected None or False"):
+        LBRGRPOTrainer(tiny_policy(), None, share_of_good, args, train_dataset=prompts())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -74,6 +74,7 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "use_adaptive_entropy": (False,),
     "off_policy_mask_threshold": (None,),
     "torch_compile": (False,),
+    "fsdp": (None, False, "", []),
     "ds3_gather_for_generation": (True,),
 }
 # What shapes the distribution that children are drawn from; training needs the model's own (paper, section 5).
@@ -165,9 +166,9 @@ class LBRGRPOTrainer(GRPOTrainer):
         self._recorded_once = self._saving = self._checked = False
         self._evaluation = (-1, 0)  # step, and how many batches of it have been decoded
         super().__init__(model, functions, config, **trainer)
-        if config.fsdp or self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
             # The head is called apart from the norm that accelerate shards it with: backward finds freed parameters.
-            raise ValueError(f"LBRGRPOTrainer: fsdp is {config.fsdp!r}, expected none; DDP is supported")
+            raise ValueError("LBRGRPOTrainer: accelerate runs FSDP, expected DDP")
         if self.aux_loss_enabled:
             raise ValueError("LBRGRPOTrainer: router_aux_loss_coef of the model is not 0, expected 0 in its config")
         if config.width > 1:
