@@ -212,41 +212,69 @@ def packed_tree_attention_ref(
     """The specification, in plain PyTorch: fp32 inside, fp64 for fp64 inputs."""
     check_arguments(query, key, value, subtree_end, cu_seqlens, positions, sinks, alibi_slopes, scale, window, softcap)
     check_values(Checker(OP), subtree_end, cu_seqlens)
-    D, group = query.shape[3], query.shape[1] // key.shape[1]
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-
-    first, _ = _bounds(subtree_end, cu_seqlens)  # [1, T]
-    node = torch.arange(query.shape[2], device=query.device)
-    end = first + subtree_end  # [1 or B, T]
-    visible = (node <= node[:, None]) & (node[:, None] < end[:, None, :])  # [1 or B, query, key]
-    offset = None
-    if positions is not None:
-        offset = positions[:, None, :].long() - positions[:, :, None].long()  # any window can be compared with it
-    if window is not None:
-        assert offset is not None
-        visible = visible & (-offset < window)
-
-    # What nobody sees may hold anything, NaN included, and so may a query that sees nothing.
-    seen, sees = visible.any(1)[:, None, :, None], visible.any(2)[:, None, :, None]
-    queries = torch.where(sees, query, 0).to(dtype)
-    keys = torch.where(seen, key, 0).to(dtype).repeat_interleave(group, dim=1)
-    values = torch.where(seen, value, 0).to(dtype).repeat_interleave(group, dim=1)
-    scores = queries @ keys.mT * (D**-0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if alibi_slopes is not None:
-        assert offset is not None
-        scores = scores + alibi_slopes[:, None, None].to(dtype) * offset[:, None]
-    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    group = query.shape[1] // key.shape[1]
+    seen = _visible(subtree_end, cu_seqlens, positions, window)
+    queries, keys, values = _read(seen, query, key, value)
+    scores, _ = _scores(seen, queries, keys, positions, alibi_slopes, scale, softcap, group)
     if sinks is not None:
-        scores = torch.cat([scores, sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)], dim=-1)
     largest = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*scores.shape[:3], 1)
     largest = largest.masked_fill(largest.isinf(), 0)
     weights = (scores - largest).exp()
     total = weights.sum(-1, keepdim=True)
     lse = (total.log() + largest).squeeze(-1)
-    out = (weights[..., : keys.shape[2]] / total.masked_fill(total == 0, 1)) @ values
+    out = (weights[..., : keys.shape[2]] / total.masked_fill(total == 0, 1)) @ values.repeat_interleave(group, dim=1)
     return _interleaved(out.to(query.dtype)), lse.detach()
+
+
+def _visible(subtree_end: Tensor, cu_seqlens: Tensor | None, positions: Tensor | None, window: int | None) -> Tensor:
+    """Whether a query sees a key, bool ``[1 or B, query, key]``."""
+    first, _ = _bounds(subtree_end, cu_seqlens)  # [1, T]
+    node = torch.arange(subtree_end.shape[1], device=subtree_end.device)
+    end = first + subtree_end  # [1 or B, T]
+    visible = (node <= node[:, None]) & (node[:, None] < end[:, None, :])
+    if window is not None:
+        assert positions is not None
+        visible = visible & (-_offsets(positions) < window)
+    return visible
+
+
+def _offsets(positions: Tensor) -> Tensor:
+    """Key position - query position, int64 ``[1 or B, query, key]``: any window can be compared with it."""
+    return positions[:, None, :].long() - positions[:, :, None].long()
+
+
+def _read(visible: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Queries, keys and values in the dtype of the sums, with zeros for what may hold anything, NaN included.
+
+    These are keys that nobody sees, and queries that see nothing.
+    """
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    sees, seen = visible.any(2)[:, None, :, None], visible.any(1)[:, None, :, None]
+    return [torch.where(used, tensor, 0).to(dtype) for used, tensor in zip((sees, seen, seen), tensors, strict=True)]
+
+
+def _scores(
+    visible: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    positions: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    group: int,
+) -> tuple[Tensor, Tensor | float]:
+    """Scores ``[B, Hq, query, key]``, -inf where nothing is seen, and their derivative by query . key."""
+    scale = queries.shape[3] ** -0.5 if scale is None else scale
+    scores = queries @ keys.repeat_interleave(group, dim=1).mT * scale
+    slope: Tensor | float = scale
+    if softcap is not None:
+        bent = torch.tanh(scores / softcap)
+        scores, slope = softcap * bent, scale * (1 - bent * bent)
+    if alibi_slopes is not None:
+        assert positions is not None
+        scores = scores + alibi_slopes[:, None, None].to(scores.dtype) * _offsets(positions)[:, None]
+    return scores.masked_fill(~visible[:, None], -torch.inf), slope
 
 
 def _interleaved(tensor: Tensor) -> Tensor:
@@ -296,13 +324,24 @@ def packed_tree_attention_backward_ref(
         softcap,
     )  # fmt: skip
     check_values(Checker(f"{OP}_backward"), subtree_end, cu_seqlens)
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-        again, _ = packed_tree_attention_ref(
-            *leaves, subtree_end, cu_seqlens, positions, sinks, alibi_slopes, scale, window, softcap
-        )
-        query_grad, key_grad, value_grad = torch.autograd.grad(again, leaves, grad)
-    return _interleaved(query_grad), _interleaved(key_grad), _interleaved(value_grad)
+    group = query.shape[1] // key.shape[1]
+    visible = _visible(subtree_end, cu_seqlens, positions, window)
+    queries, keys, values = _read(visible, query, key, value)
+    scores, slope = _scores(visible, queries, keys, positions, alibi_slopes, scale, softcap, group)
+    lse = torch.where(lse.isinf(), 0, lse)[..., None]
+    weights = (scores - lse).exp()
+    sees = visible.any(2)[:, None, :, None]
+    grads, outs = (torch.where(sees, tensor, 0).to(queries.dtype) for tensor in (grad, out))
+    change = grads @ values.repeat_interleave(group, dim=1).mT - (grads * outs).sum(-1, keepdim=True)
+    score_grad = torch.where(visible[:, None], weights * change * slope, 0)
+    query_grad = score_grad @ keys.repeat_interleave(group, dim=1)
+    key_grad = (score_grad.mT @ queries).unflatten(1, (-1, group)).sum(2)
+    value_grad = (weights.mT @ grads).unflatten(1, (-1, group)).sum(2)
+    return (
+        _interleaved(query_grad.to(query.dtype)),
+        _interleaved(key_grad.to(key.dtype)),
+        _interleaved(value_grad.to(value.dtype)),
+    )
 
 
 def register_gradient(op: str, backward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
