@@ -367,7 +367,7 @@ def _find_obstacle(inner: PreTrainedModel) -> str | None:
     try:
         with torch.autocast(inner.device.type, enabled=False):
             packed = _small_tree(inner)
-            allowed = rounding_tolerance(inner, packed.tokens[None])
+            allowed = rounding_tolerance(inner, packed.tokens[None, : check_length(inner)])
             in_trees = forward_packed(inner, packed, prompt_embeds=None, backend=None).hidden
             error = relative_error(in_trees, forward_paths(inner, packed, prompt_embeds=None).hidden)
     except Exception as error_:  # a model's own code can fail in any way, and each is a reason
