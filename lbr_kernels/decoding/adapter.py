@@ -201,7 +201,8 @@ def require_supported(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"generate: {_name(model)} cannot be decoded with a tree: {report.reason}")
 
 
-def _structural_reason(model: PreTrainedModel) -> str | None:
+def structural_reason(model: PreTrainedModel) -> str | None:
+    """What a model's structure says against trees; None if nothing does."""
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model; Local Branch Routing is for decoder-only models"
@@ -237,7 +238,7 @@ _WIDTH, _DEPTH = 2, 2
 
 @torch.no_grad()
 def _check(model: PreTrainedModel) -> ModelReport:
-    reason = _structural_reason(model)
+    reason = structural_reason(model)
     if reason is not None:
         return ModelReport(reason)
     try:
@@ -247,7 +248,7 @@ def _check(model: PreTrainedModel) -> ModelReport:
         return ModelReport(f"a forward of a tree failed ({type(error).__name__}: {error})")
 
 
-def _prefix_length(model: PreTrainedModel) -> int:
+def check_length(model: PreTrainedModel) -> int:
     """As long as the longest window and a little more, as far as some 10^10 multiplications per row allow it."""
     text_config = model.config.get_text_config(decoder=True)
     windows = [layer_window(layer) or 0 for layer in DynamicCache(config=text_config).layers]
@@ -264,7 +265,7 @@ def _compare(model: PreTrainedModel) -> ModelReport:
     generator = torch.Generator().manual_seed(0)
     text_config = model.config.get_text_config(decoder=True)
     vocabulary = text_config.vocab_size
-    length = _prefix_length(model)
+    length = check_length(model)
 
     def random_tokens(count: int) -> Tensor:
         return torch.randint(vocabulary, (1, count), generator=generator).to(device)
@@ -306,7 +307,7 @@ def _compare(model: PreTrainedModel) -> ModelReport:
     ids = torch.cat([prefix.expand(len(padded), -1), padded], 1)
     fresh = adapter.head_inputs(ids)
     expected = torch.stack([fresh[row, length + len(path) - 1] for row, path in enumerate(hidden)])
-    error = _relative_error(torch.stack(list(hidden.values())), expected)
+    error = relative_error(torch.stack(list(hidden.values())), expected)
     noise = _cached_noise(adapter, prefix, padded[:1], fresh[:1, length:])
     rounding = _rounding_noise(adapter, ids, fresh, generator)
     allowed = max(_NOISE_FACTOR * noise, _ROUNDING_FACTOR * rounding, _FLOOR[fresh.dtype])
@@ -333,12 +334,21 @@ def _interface_mismatch(cache: TreeCache, asked: list[int | None]) -> str | None
     return None
 
 
+@torch.no_grad()
+def rounding_tolerance(model: PreTrainedModel, ids: Tensor) -> float:
+    """The relative error of a node's state that is rounding, on this model, for tokens like ``ids [1, n]``."""
+    adapter = ModelAdapter(model)
+    fresh = adapter.head_inputs(ids)
+    rounding = _rounding_noise(adapter, ids, fresh, torch.Generator().manual_seed(0))
+    return max(_ROUNDING_FACTOR * rounding, _FLOOR[fresh.dtype])
+
+
 def _cached_noise(adapter: ModelAdapter, prefix: Tensor, path: Tensor, fresh: Tensor) -> float:
     """How far the model's own cached decoding of a path ``[1, n]`` is from its fresh forward."""
     cache = DynamicCache(config=adapter.model.config)
     adapter.head_inputs(prefix, cache)
     states = [adapter.head_inputs(token, cache) for token in path.split(1, dim=1)]
-    return _relative_error(torch.cat(states, dim=1), fresh)
+    return relative_error(torch.cat(states, dim=1), fresh)
 
 
 def _rounding_noise(adapter: ModelAdapter, ids: Tensor, fresh: Tensor, generator: torch.Generator) -> float:
@@ -353,10 +363,10 @@ def _rounding_noise(adapter: ModelAdapter, ids: Tensor, fresh: Tensor, generator
         nudged = adapter.head_inputs(ids)
     finally:
         handle.remove()
-    return _relative_error(nudged, fresh)
+    return relative_error(nudged, fresh)
 
 
-def _relative_error(states: Tensor, expected: Tensor) -> float:
+def relative_error(states: Tensor, expected: Tensor) -> float:
     """The largest relative error of a node, in the Euclidean norm."""
     states, expected = states.double(), expected.double()
     return float(((states - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max())

@@ -1,11 +1,12 @@
-"""The attention plug-in: how a transformers model comes to use ``ops.tree_attention``.
+"""The attention plug-in: how a transformers model comes to use the tree ops.
 
 Contract
 --------
-Under the name :data:`IMPLEMENTATION` transformers' attention interface finds :func:`tree_attention_forward`, and the
-model's configs say that name for the time of a forward of the tree. What it needs beside query and keys (the cache with
-its prefix lengths, the tree's masks) reaches it through a context variable of the calling thread. Any other forward in
-that time, of another thread or of a callback, gets the attention and the masks that the model was loaded with.
+Under the name :data:`IMPLEMENTATION` transformers' attention interface finds :func:`attention_forward`, and the model's
+configs say that name for the time of a forward of a tree. What it needs beside query and keys (in decoding the cache
+with its prefix lengths and the tree's masks, in training the packed trees) is an :class:`AttendedForward`, which
+reaches it through a context variable of the calling thread. Any other forward in that time, of another thread or of a
+callback, gets the attention and the masks that the model was loaded with.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,32 @@ from lbr_kernels.decoding.cache import TreeCache
 IMPLEMENTATION = "lbr_tree_attention"
 
 
+@dataclass(frozen=True)
+class LayerExtras:
+    """What a layer asks of its attention beside the usual."""
+
+    scale: float | None
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    dropout: float
+
+
+class AttendedForward(Protocol):
+    """A forward of the model in which every layer's attention is one of the tree ops, on ``backend``."""
+
+    backend: str | None
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, extras: LayerExtras) -> Tensor:
+        """The attention of one layer: ``[B, H, N, D]`` in, ``[B, Hq, N, Dv]`` out."""
+
+
 @dataclass
 class TreeForward:
-    """What the layers of one forward of the tree share; ``windows`` collects the windows that layers ask for."""
+    """What the layers of one forward of the tree share; ``windows`` collects the windows that layers ask for.
+
+    ``key`` and ``value`` are what ``TreeCache`` returned: whole buffers, prefix and tree.
+    """
 
     cache: TreeCache
     ancestors: Tensor
@@ -40,17 +64,33 @@ class TreeForward:
     backend: str | None
     windows: list[int | None] = field(default_factory=list)
 
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, extras: LayerExtras) -> Tensor:
+        """See :class:`AttendedForward`."""
+        window = extras.window
+        if window is None:
+            # Some models say so in their masks alone, which go by the same configuration as the cache.
+            window = self.cache.layer_window(getattr(module, "layer_idx", None))
+        self.windows.append(window)
+        device = query.device
+        out = ops.tree_attention(
+            query, key, value, self.cache.prefix_lens_for(key), self.ancestors.to(device),
+            num_nodes=None if self.num_nodes is None else self.num_nodes.to(device),
+            scale=extras.scale, window=window, softcap=extras.softcap, sinks=extras.sinks, backend=self.backend,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
 
-_current: ContextVar[TreeForward | None] = ContextVar("lbr_kernels_tree_forward", default=None)
+
+_current: ContextVar[AttendedForward | None] = ContextVar("lbr_kernels_tree_forward", default=None)
 
 
-def current_tree_forward() -> TreeForward | None:
+def current_tree_forward() -> AttendedForward | None:
     """The forward of a tree that the calling thread is in; None in any other forward."""
     return _current.get()
 
 
 @contextmanager
-def tree_forward(forward: TreeForward, configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
+def tree_forward(forward: AttendedForward, configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
     """A forward inside the block is the tree's, for the model whose configs these are."""
     with attention_implementation(configs, IMPLEMENTATION), _in_context(forward):
         yield
@@ -64,7 +104,7 @@ def plain_forwards() -> Iterator[None]:
 
 
 @contextmanager
-def _in_context(forward: TreeForward | None) -> Iterator[None]:
+def _in_context(forward: AttendedForward | None) -> Iterator[None]:
     token = _current.set(forward)
     try:
         yield
@@ -72,13 +112,14 @@ def _in_context(forward: TreeForward | None) -> Iterator[None]:
         _current.reset(token)
 
 
-def tree_attention_forward(
+def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -87,31 +128,21 @@ def tree_attention_forward(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers' interface: query ``[B, Hq, N, D]`` to output ``[B, N, Hq, Dv]``.
 
-    ``key`` and ``value`` are what ``TreeCache`` returned: whole buffers, prefix and tree. Other arguments than those
-    named here change no result, or the model does not pass ``check_model``.
+    Other arguments than those named here change no result, or the model does not pass ``check_model``.
     """
     forward = _current.get()
     if forward is None:
         extras = {
-            "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias
+            "dropout": dropout or None, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux,
+            "position_bias": position_bias,
         } | kwargs  # fmt: skip
         extras = {name: value for name, value in extras.items() if value is not None}
         output, _ = _own_attention(module)(module, query, key, value, attention_mask, scaling=scaling, **extras)
         return output, None
     if position_bias is not None:
         raise NotImplementedError(f"{type(module).__name__} adds a position bias, which tree attention does not do")
-    if sliding_window is None:
-        # Some models say so in their masks alone, which go by the same configuration as the cache.
-        sliding_window = forward.cache.layer_window(getattr(module, "layer_idx", None))
-    forward.windows.append(sliding_window)
-    device = query.device
-    out = ops.tree_attention(
-        query, key, value, forward.cache.prefix_lens_for(key), forward.ancestors.to(device),
-        num_nodes=None if forward.num_nodes is None else forward.num_nodes.to(device),
-        scale=scaling, window=sliding_window, softcap=softcap,
-        sinks=None if s_aux is None else s_aux.float(), backend=forward.backend,
-    )  # fmt: skip
-    assert isinstance(out, Tensor)
+    sinks = None if s_aux is None else s_aux.float()
+    out = forward.attend(module, query, key, value, LayerExtras(scaling, sliding_window, softcap, sinks, dropout))
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -122,7 +153,7 @@ def _mask(*args: Any, config: PreTrainedConfig, **kwargs: Any) -> Tensor | None:
     return mask
 
 
-AttentionInterface.register(IMPLEMENTATION, tree_attention_forward)
+AttentionInterface.register(IMPLEMENTATION, attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
