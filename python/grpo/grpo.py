@@ -82,18 +82,19 @@ def train(state: State, s: Settings) -> Iterator[dict[str, Any]]:
             state.model, state.router, task, questions, samples=s.group, generator=state.generator, **tree
         )
         result = grpo_loss(state.model, state.router, rollout.trajectory, rollout.rewards, group_size=s.group)
+        metrics = {name: value.item() for name, value in result.metrics.items()}
         state.optimizer.zero_grad()
         result.loss.backward()
         norms = [clip_grad_norm_(group["params"], 1.0).item() for group in state.optimizer.param_groups]
         state.optimizer.step()
         state.update += 1
-        state.nodes += rollout.nodes + int(result.metrics["forwarded_nodes"])
+        state.nodes += rollout.nodes + int(metrics["forwarded_nodes"])
         state.seconds += time.perf_counter() - wall
         state.cpu_seconds += time.process_time() - cpu
         yield {
             "update": state.update, "reward": rollout.rewards.mean().item(), "gradient_norms": norms,
             "nodes": state.nodes, "seconds": state.seconds, "cpu_seconds": state.cpu_seconds,
-            "metrics": result.metrics, "held_out": held_out(state, s) if state.update % s.eval_every == 0 else None,
+            "metrics": metrics, "held_out": held_out(state, s) if state.update % s.eval_every == 0 else None,
         }  # fmt: skip
 
 
