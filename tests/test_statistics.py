@@ -25,7 +25,7 @@ def test_pass_at_k_at_its_ends():
     assert pass_at_k(16, 64, 1) == pytest.approx(0.25)
     assert 0 < pass_at_k(1, 10**6, 1000) < 1, "no large number appears"
     for correct, samples, k in ((-1, 4, 1), (5, 4, 1), (1, 4, 0), (1, 4, 5)):
-        with pytest.raises(ValueError, match="pass_at_k: (correct|k) is"):
+        with pytest.raises(ValueError, match=r"pass_at_k: (correct|k) is"):
             pass_at_k(correct, samples, k)
 
 

@@ -39,6 +39,8 @@ from transformers import AutoModelForCausalLM
 from lbr_kernels import Router
 from lbr_kernels.training.loss import grpo_loss
 
+HELD_OUT_SEED = 1000
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -52,6 +54,7 @@ class Settings:
     updates: int
     questions: int
     group: int
+    questions_at_once: int
     model_lr: float
     router_lr: float
     router_dim: int
@@ -78,33 +81,34 @@ def train(state: State, s: Settings) -> Iterator[dict[str, Any]]:
     while state.update < s.updates:
         wall, cpu = time.perf_counter(), time.process_time()
         questions = task.training(s.questions, state.questions_rng)
-        rollout = answer(
-            state.model, state.router, task, questions, samples=s.group, generator=state.generator, **tree
-        )
-        result = grpo_loss(state.model, state.router, rollout.trajectory, rollout.rewards, group_size=s.group)
-        metrics = {name: value.item() for name, value in result.metrics.items()}
+        rollout = answer(state.model, state.router, task, questions, samples=s.group, generator=state.generator, **tree)
         state.optimizer.zero_grad()
-        result.loss.backward()
+        positions = int(rollout.trajectory.num_committed.sum())  # the mean is over all of them, whatever the parts
+        rows = s.group * s.questions_at_once
+        for part, rewards in zip(rollout.trajectory.split(rows), rollout.rewards.split(rows), strict=True):
+            result = grpo_loss(state.model, state.router, part, rewards, group_size=s.group, normaliser=positions)
+            result.loss.backward()
+            state.nodes += int(result.metrics["forwarded_nodes"])
         norms = [clip_grad_norm_(group["params"], 1.0).item() for group in state.optimizer.param_groups]
         state.optimizer.step()
         state.update += 1
-        state.nodes += rollout.nodes + int(metrics["forwarded_nodes"])
+        state.nodes += rollout.nodes
         state.seconds += time.perf_counter() - wall
         state.cpu_seconds += time.process_time() - cpu
         yield {
             "update": state.update, "reward": rollout.rewards.mean().item(), "gradient_norms": norms,
             "nodes": state.nodes, "seconds": state.seconds, "cpu_seconds": state.cpu_seconds,
-            "metrics": metrics, "held_out": held_out(state, s) if state.update % s.eval_every == 0 else None,
+            "held_out": held_out(state, s) if state.update % s.eval_every == 0 else None,
         }  # fmt: skip
 
 
 def held_out(state: State, s: Settings) -> dict[str, float]:
-    """Reward and entropies on questions that are the same at every update, and no part of what a run depends on."""
+    """Reward and entropies on questions that are the same in all runs; nothing of the run depends on them."""
     task = TASKS[s.task]
-    questions = task.held_out(s.eval_questions, np.random.default_rng(s.seed))
+    questions = task.held_out(s.eval_questions, np.random.default_rng(HELD_OUT_SEED))
     rollout = answer(
         state.model, state.router, task, questions, samples=s.eval_samples, width=s.width, depth=s.depth,
-        generator=torch.Generator().manual_seed(s.seed),
+        generator=torch.Generator().manual_seed(HELD_OUT_SEED),
     )  # fmt: skip
     return {"reward": rollout.rewards.mean().item(), **entropies(state.model, state.router, rollout.trajectory)}
 
@@ -119,11 +123,12 @@ def main(
     updates: Annotated[int, typer.Option(min=1)] = 100,
     questions: Annotated[int, typer.Option(help="Per update.", min=1)] = 16,
     group: Annotated[int, typer.Option(help="Rollouts per question.", min=2)] = 8,
+    questions_at_once: Annotated[int, typer.Option(help="In one forward and backward pass.", min=1)] = 2,
     model_lr: Annotated[float, typer.Option(min=0)] = 1e-4,
     router_lr: Annotated[float, typer.Option(min=0)] = 1e-3,
     router_dim: Annotated[int, typer.Option(help="The router's own width.", min=4)] = 64,
     eval_every: Annotated[int, typer.Option(help="Updates between looks at held-out questions.", min=1)] = 10,
-    eval_questions: Annotated[int, typer.Option(min=1)] = 64,
+    eval_questions: Annotated[int, typer.Option(min=1)] = 32,
     eval_samples: Annotated[int, typer.Option(help="Answers per held-out question.", min=1)] = 4,
     checkpoint_every: Annotated[int, typer.Option(help="Updates between checkpoints.", min=1)] = 10,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
@@ -132,8 +137,8 @@ def main(
     """Train a model, and a router unless the width is 1, on a task with a checker."""
     torch.set_num_threads(threads)
     settings = Settings(
-        task, str(start), width, depth, seed, updates, questions, group, model_lr, router_lr, router_dim, eval_every,
-        eval_questions, eval_samples,
+        task, str(start), width, depth, seed, updates, questions, group, questions_at_once, model_lr, router_lr,
+        router_dim, eval_every, eval_questions, eval_samples,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     log, described, found = out / "log.jsonl", out / "settings.json", checkpoints(out)

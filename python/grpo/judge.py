@@ -32,9 +32,9 @@ def main(
     out: Annotated[Path, typer.Argument(help="The JSON file.", dir_okay=False)],
     width: Annotated[int, typer.Option(min=1)] = 1,
     depth: Annotated[int, typer.Option(min=1)] = 1,
-    questions: Annotated[int, typer.Option(min=1)] = 96,
+    questions: Annotated[int, typer.Option(min=1)] = 64,
     samples: Annotated[int, typer.Option(help="Answers per question.", min=1)] = 32,
-    seed: Annotated[int, typer.Option(help="Of the questions and of the answers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the questions and of the answers.")] = 2000,
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Count the right answers to held-out questions."""

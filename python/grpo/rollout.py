@@ -14,6 +14,8 @@ import lbr_kernels
 from lbr_kernels import LBRGenerateOutput, Router, TreeTrajectory
 from lbr_kernels.training.likelihood import trajectory_log_probs
 
+AT_ONCE = 16  # rows of one forward for entropies
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -49,24 +51,28 @@ def answer(
     assert out.stats is not None
     answers = out.sequences[:, prompts.shape[1] :].tolist()
     right = [questions[row // samples].is_right(ids) for row, ids in enumerate(answers)]
-    return Rollout(out.trajectory, torch.tensor(right, dtype=torch.float32), out.stats.forwarded_nodes + prompts.numel())
+    return Rollout(
+        out.trajectory, torch.tensor(right, dtype=torch.float32), out.stats.forwarded_nodes + prompts.numel()
+    )
 
 
 @torch.no_grad()
 def entropies(model: PreTrainedModel, router: Router | None, trajectory: TreeTrajectory) -> dict[str, float]:
     """Mean entropies in nats: of the model where a node was drawn, of the router, and of the router where candidates
-    differ (equal candidates have equal scores, which nothing can be learned from).
+    differ, with the share of such decisions (equal candidates have equal scores: there is nothing to decide).
     """
-    found = trajectory_log_probs(model, router, trajectory, entropies=True)
-    assert found.node_entropies is not None
-    means = {"node_entropy": found.node_entropies[trajectory.node_tokens >= 0].mean().item()}
     width, depth = trajectory.settings.width, trajectory.settings.depth
-    if width > 1 and found.router_entropies is not None:
-        decided = trajectory.choices >= 0
-        means["router_entropy"] = found.router_entropies[decided].mean().item()
-        if depth == 1:
-            candidates = trajectory.node_tokens.view(*decided.shape, width)
-            contested = decided & (candidates != candidates[..., :1]).any(dim=-1)
-            means["contested"] = (contested.sum() / decided.sum()).item()
-            means["router_entropy_contested"] = found.router_entropies[contested].mean().item()
-    return means
+    found: dict[str, list[Tensor]] = {}
+    for part in trajectory.split(AT_ONCE):
+        log_probs = trajectory_log_probs(model, router, part, entropies=True)
+        assert log_probs.node_entropies is not None
+        found.setdefault("node_entropy", []).append(log_probs.node_entropies[part.node_tokens >= 0])
+        if width > 1 and log_probs.router_entropies is not None:
+            decided = part.choices >= 0
+            found.setdefault("router_entropy", []).append(log_probs.router_entropies[decided])
+            if depth == 1:
+                candidates = part.node_tokens.view(*decided.shape, width)
+                contested = (candidates != candidates[..., :1]).any(dim=-1)
+                found.setdefault("router_entropy_contested", []).append(log_probs.router_entropies[decided & contested])
+                found.setdefault("contested", []).append(contested[decided].float())
+    return {name: torch.cat(values).mean().item() for name, values in found.items()}

@@ -77,14 +77,16 @@ class Plan:
 PLANS = {
     "arithmetic": Plan(
         "arithmetic",
-        updates=100,
-        arms=(Arm("GRPO", 1, 1, 3e-4), Arm("LBR-GRPO, K=3 L=1", 3, 1, 3e-4, 1e-3)),
+        updates=80,
+        arms=(Arm("GRPO", 1, 1, 3e-4), Arm("LBR-GRPO, K=3 L=1", 3, 1, 3e-4, 2e-3)),
     ),
     "reachability": Plan(
         "reachability",
         updates=60,
-        arms=(Arm("GRPO", 1, 1, 3e-4), Arm("LBR-GRPO, K=3 L=1", 3, 1, 3e-4, 1e-3)),
+        arms=(Arm("GRPO", 1, 1, 3e-4), Arm("LBR-GRPO, K=3 L=1", 3, 1, 3e-4, 2e-3)),
         start=str(CHECKPOINT),
+        options=("--questions=8", "--questions-at-once=1", "--eval-questions=24"),
+        judged=("--questions=48", "--samples=16"),
     ),
 }
 
@@ -140,6 +142,7 @@ def in_turns(jobs: int, calls: Iterable[Callable[[], None]]) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
+    """A run's records, the one before the first update in front."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
