@@ -305,8 +305,9 @@ class _Call:
             model_fingerprint=fingerprint(self.model),
             router_fingerprint=fingerprint(routing.module),
         )
-        real = torch.arange(input_ids.shape[1], device=device) >= input_ids.shape[1] - lens[:, None]
         embeds = model_kwargs.get("inputs_embeds")
+        columns = input_ids.shape[1] if embeds is None else embeds.shape[1]
+        real = torch.arange(columns, device=device) >= columns - lens[:, None]
         trajectory = TreeTrajectory(
             prompt_ids=input_ids,
             prompt_mask=real.repeat_interleave(repeats, dim=0),

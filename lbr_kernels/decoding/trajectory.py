@@ -54,8 +54,8 @@ class TreeTrajectory:
     """The trees of one decoding call; one row per returned sequence.
 
     Attributes:
-        prompt_ids: int64 ``[rows, P]``, left-padded.
-        prompt_mask: bool ``[rows, P]``, which of them are real.
+        prompt_ids: int64 ``[rows, P]``, left-padded; with ``prompt_embeds`` what ids were given beside them.
+        prompt_mask: bool ``[rows, P]``, which of them (or of the embeddings) are real.
         node_tokens: int64 ``[rows, nodes]`` with ``nodes = (K + ... + K^(L-1)) + steps * K^L``.
         node_log_probs: fp32 ``[rows, nodes]``, under the filtered distribution.
         choices: int64 ``[rows, steps]``, the candidate committed at each step.

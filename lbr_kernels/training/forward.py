@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -133,7 +133,10 @@ def forward_packed(
 def forward_paths(
     model: nn.Module, packed: PackedTrees, *, prompt_embeds: Tensor | None, rows_each: int = 64
 ) -> PackedStates:
-    """The same from plain forwards, a row of the batch for every leaf; for models that hold no tree."""
+    """The same from plain forwards, a row of the batch for every leaf; for models that hold no tree.
+
+    What stands behind the end of a path is seen by nobody, and needs no mask.
+    """
     inner = inner_model(model)
     paths, lengths = _paths(packed)
     device = packed.tokens.device
@@ -149,7 +152,6 @@ def forward_paths(
         seen.append(
             _call(
                 model, inner, {name: value[0][index] for name, value in inputs.items()},
-                attention_mask=(part >= 0).long(),
                 position_ids=torch.arange(index.shape[1], device=device).expand(index.shape),
             )
         )  # fmt: skip
@@ -199,36 +201,50 @@ class _Seen:
 
 def _call(model: nn.Module, inner: PreTrainedModel, inputs: dict[str, Tensor], **more: Tensor) -> _Seen:
     """Call the model, the head seeing the first row only, and keep what came out of its body and into its head."""
-    module: nn.Module = inner.get_output_embeddings()
-    body: nn.Module = inner.base_model
+    head: nn.Module = inner.get_output_embeddings()
     into_head: list[Tensor] = []
-    out_of_body: list[Any] = []
+    out_of: dict[str, list[Any]] = {name: [] for name in _bodies(inner)}
 
     def before_head(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         into_head.append(args[0])
         return (args[0][:1, :1], *args[1:])
 
-    def after_body(_: nn.Module, args: Any, output: Any) -> None:
-        out_of_body.append(output)
+    def after(seen: list[Any], _: nn.Module, args: Any, output: Any) -> None:
+        seen.append(output)
 
-    arguments: dict[str, Any] = {"use_cache": False, "return_dict": True, **inputs, **more}
-    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-        arguments["logits_to_keep"] = 0
-    handles = [module.register_forward_pre_hook(before_head), body.register_forward_hook(after_body)]
+    handles = [head.register_forward_pre_hook(before_head)]
     try:
-        logits = model(**arguments).logits
+        for name, seen in out_of.items():
+            handles.append(inner.get_submodule(name).register_forward_hook(functools.partial(after, seen)))
+        logits = model(**inputs, **more, **_arguments(inner)).logits
     finally:
         for handle in handles:
             handle.remove()
-    if len(into_head) != 1 or len(out_of_body) != 1 or body is inner:
+    # The outermost module that the model's forward calls.
+    body = next((name for name, seen in out_of.items() if len(seen) == 1), None)
+    if len(into_head) != 1 or body is None:
         raise ValueError(
-            f"trajectory_log_probs: {type(inner).__name__} runs its body {len(out_of_body)} times and its head "
-            f"{len(into_head)} times per forward, expected once each"
+            f"trajectory_log_probs: {type(inner).__name__} calls its output head {len(into_head)} times per forward "
+            f"and its body {' or '.join(str(len(seen)) for seen in out_of.values())} times, expected once each"
         )
-    states = out_of_body[0].last_hidden_state
-    head = functools.partial(_logits, inner, type(out_of_body[0]))
-    _check_head(inner, head, states, logits)
-    return _Seen(into_head[0], states, head)
+    output = out_of[body][0]
+    function = functools.partial(_logits, inner, body, type(output))
+    _check_head(inner, function, output.last_hidden_state, logits)
+    return _Seen(into_head[0], output.last_hidden_state, function)
+
+
+def _arguments(inner: PreTrainedModel) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"use_cache": False, "return_dict": True}
+    if "logits_to_keep" in inspect.signature(type(inner).forward).parameters:
+        arguments["logits_to_keep"] = 0
+    return arguments
+
+
+def _bodies(inner: PreTrainedModel) -> list[str]:
+    """Names of the modules that may be what the head stands behind, the outermost first."""
+    candidates = (inner.base_model, inner.get_decoder())
+    names = [name for name, module in inner.named_modules() if any(module is candidate for candidate in candidates)]
+    return sorted((name for name in names if name), key=len)
 
 
 class _Result(nn.Module):
@@ -243,21 +259,30 @@ class _Result(nn.Module):
         return self.output
 
 
-def _logits(inner: PreTrainedModel, output_type: type, states: Tensor) -> Tensor:
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def _shell(module: _Module, **replaced: nn.Module) -> _Module:
+    """A module with the attributes and the parts of another, some of which are replaced, and its class's forward."""
+    shell = object.__new__(type(module))
+    shell.__dict__.update(module.__dict__)
+    shell.__dict__.pop("forward", None)
+    shell.__dict__["_modules"] = {**module._modules, **replaced}
+    return shell
+
+
+def _logits(inner: PreTrainedModel, body: str, output_type: type, states: Tensor) -> Tensor:
     """``[n, V]`` for the body's ``[n, D]``, by the model's own forward.
 
-    It runs on a shell of the model, which has the model's attributes, its head and another body, so that nobody who
-    uses the model meanwhile sees a change.
+    It runs on a shell of the model with another body, so that nobody who uses the model meanwhile sees a change.
     """
-    shell = object.__new__(type(inner))
-    shell.__dict__.update(inner.__dict__)
-    body = _Result(output_type(last_hidden_state=states[None]))
-    shell.__dict__["_modules"] = {**inner._modules, inner.base_model_prefix: body}
-    arguments: dict[str, Any] = {"use_cache": False, "return_dict": True}
-    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-        arguments["logits_to_keep"] = 0
+    *outer, name = body.split(".")
+    part: nn.Module = _Result(output_type(last_hidden_state=states[None]))
+    while outer:
+        part = _shell(inner.get_submodule(".".join(outer)), **{name: part})
+        name = outer.pop()
     tokens = torch.zeros((1, len(states)), dtype=torch.int64, device=states.device)
-    logits: Tensor = type(inner).forward(shell, input_ids=tokens, **arguments).logits
+    logits: Tensor = type(inner).forward(_shell(inner, **{name: part}), input_ids=tokens, **_arguments(inner)).logits
     return logits[0]
 
 
@@ -335,6 +360,7 @@ def packing_obstacle(inner: PreTrainedModel) -> str | None:
 
 @torch.no_grad()
 def _find_obstacle(inner: PreTrainedModel) -> str | None:
+    inner = _shell(inner)  # without the autocast that accelerate puts around a model's forward
     if (reason := structural_reason(inner)) is not None:
         return reason
     try:

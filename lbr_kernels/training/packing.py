@@ -89,7 +89,8 @@ def pack(trajectory: TreeTrajectory, *, share_prompts: bool = True) -> PackedTre
     for number, group in enumerate(groups):
         first, length = bounds[number], int(prompt_lens[group[0]])
         prompt = slice(first, first + length)
-        tokens[prompt] = trajectory.prompt_ids[group[0]][trajectory.prompt_mask[group[0]]]
+        if trajectory.prompt_embeds is None:
+            tokens[prompt] = trajectory.prompt_ids[group[0]][trajectory.prompt_mask[group[0]]]
         positions[prompt] = torch.arange(length)
         parents[prompt] = torch.arange(first - 1, first + length - 1)
         parents[first : first + 1] = -1
