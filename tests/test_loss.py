@@ -74,8 +74,8 @@ def walk(trajectory: TreeTrajectory, row: int) -> list[tuple[list[int], bool]]:
 
 def by_hand(
     log_probs, trajectory, advantages, *, behaviour=None, clip=(0.2, 0.2), dual_clip=3.0, reduction="token-mean",
-    max_length=None, normaliser=None, nodes="sum", reference=None, kl_coef=0.0, node_entropy_coef=0.0,
-    router_entropy_coef=0.0,
+    max_length=None, normaliser=None, nodes="sum", reference=None, kl_coef=0.0, correct_kl=False,
+    node_entropy_coef=0.0, router_entropy_coef=0.0,
 ):  # fmt: skip
     """method.md, section 5, one number at a time."""
     drawn = behaviour or trajectory
@@ -89,7 +89,7 @@ def by_hand(
         value = -surrogate
         if kl_coef:
             difference = getattr(reference, name)[index].item() - new
-            value = value + kl_coef * (torch.exp(difference) - difference - 1)
+            value = value + kl_coef * (torch.exp(difference) - difference - 1) * (ratio if correct_kl else 1)
         return value
 
     rows = []
@@ -122,6 +122,7 @@ CHOICES = {
     "row normaliser": {"reduction": "row-mean", "normaliser": torch.tensor(11)},
     "node mean": {"nodes": "mean"},
     "kl": {"kl_coef": 0.3},
+    "kl, corrected": {"kl_coef": 0.3, "correct_kl": True},
     "kl, node mean": {"kl_coef": 0.3, "nodes": "mean", "reduction": "row-mean"},
     "entropies": {"node_entropy_coef": 0.7, "router_entropy_coef": -0.4},
 }
@@ -228,6 +229,25 @@ def test_parts_of_a_batch_add_up(trajectories):
         torch.testing.assert_close(sum(pieces), whole)
 
 
+def test_rows_that_shall_not_count(trajectories):
+    """Choices of -1 take a row out, nodes and all: as if it were not there."""
+    trajectory = trajectories[2, 2]
+    choices = trajectory.choices.clone()
+    choices[1] = -1
+    log_probs, rest = near(trajectory, 1), torch.tensor([0, 2, 3])
+    masked = policy_loss(log_probs, replace(trajectory, choices=choices), ADVANTAGES, behaviour=near(trajectory, 2))
+
+    def three(values: TrajectoryLogProbs) -> TrajectoryLogProbs:
+        return replace(
+            values, node_log_probs=values.node_log_probs[rest], router_log_probs=values.router_log_probs[rest]
+        )
+
+    without = policy_loss(three(log_probs), trajectory[rest], ADVANTAGES[rest], behaviour=three(near(trajectory, 2)))
+    torch.testing.assert_close(masked.loss, without.loss)
+    for name, value in without.metrics.items():
+        torch.testing.assert_close(masked.metrics[name], value, msg=name)
+
+
 def test_metrics(trajectories):
     trajectory = trajectories[3, 2]
     log_probs, behaviour, reference = near(trajectory, 1, entropies=True), near(trajectory, 2), near(trajectory, 3)
@@ -278,7 +298,9 @@ def test_dual_clip_bounds_the_loss(trajectories):
 # --- K = 1 is GRPO ----------------------------------------------------------------------------------------------------
 
 
-def trl_loss(trajectory, log_probs, advantages, *, loss_type, behaviour, reference, beta, delta, entropy_coef):
+def trl_loss(
+    trajectory, log_probs, advantages, *, loss_type, behaviour, reference, beta, delta, entropy_coef, corrected
+):
     """TRL's own ``GRPOTrainer._compute_loss`` on the same numbers.
 
     The method is TRL's; the trainer around it is a stub with the attributes that it reads, and what would run the model
@@ -293,7 +315,7 @@ def trl_loss(trajectory, log_probs, advantages, *, loss_type, behaviour, referen
         accelerator=SimpleNamespace(
             num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=True
         ),
-        args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1),
+        args=SimpleNamespace(delta=delta, use_bias_correction_kl=corrected, steps_per_generation=1),
         model=SimpleNamespace(training=True),
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
         importance_sampling_level="token", loss_type=loss_type, beta=beta, epsilon_low=0.2, epsilon_high=0.3,
@@ -312,7 +334,9 @@ def trl_loss(trajectory, log_probs, advantages, *, loss_type, behaviour, referen
     return trl.GRPOTrainer._compute_loss(stub, None, inputs), stub._metrics["train"]
 
 
-@pytest.mark.parametrize("extras", [{}, {"beta": 0.1}, {"entropy_coef": 0.05}, {"delta": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "extras", [{}, {"beta": 0.1}, {"beta": 0.1, "corrected": True}, {"entropy_coef": 0.05}, {"delta": 2.0}], ids=str
+)
 @pytest.mark.parametrize(
     ("loss_type", "choices"),
     [
@@ -333,17 +357,17 @@ def test_width_1_equals_trl(trajectories, loss_type, choices, extras):
 
     log_probs = finite(near(trajectory, 1, entropies=True))
     behaviour, reference = finite(near(trajectory, 2)), finite(near(trajectory, 3))
-    beta, delta, entropy_coef = (extras.get(name, default) for name, default in
-                                 (("beta", 0.0), ("delta", None), ("entropy_coef", 0.0)))  # fmt: skip
-    if entropy_coef and loss_type in ("grpo", "dr_grpo"):
-        pytest.skip("TRL's bonus is a mean over tokens whatever the reduction; here it is reduced like the loss")
+    beta, corrected = extras.get("beta", 0.0), extras.get("corrected", False)
+    delta, entropy_coef = extras.get("delta"), extras.get("entropy_coef", 0.0)
+    if loss_type in ("grpo", "dr_grpo"):
+        entropy_coef = 0.0  # TRL's bonus is a mean over tokens whatever the reduction; here it is reduced like the loss
     expected, trl_metrics = trl_loss(
         trajectory, log_probs, ADVANTAGES, loss_type=loss_type, behaviour=behaviour, reference=reference, beta=beta,
-        delta=delta, entropy_coef=entropy_coef,
+        delta=delta, entropy_coef=entropy_coef, corrected=corrected,
     )  # fmt: skip
     result = policy_loss(
         log_probs, trajectory, ADVANTAGES, behaviour=behaviour, reference=reference, clip=(0.2, 0.3), dual_clip=delta,
-        kl_coef=beta, node_entropy_coef=entropy_coef, **choices,
+        kl_coef=beta, correct_kl=corrected, node_entropy_coef=entropy_coef, **choices,
     )  # fmt: skip
     torch.testing.assert_close(result.loss, expected)
     leaves = [log_probs.node_log_probs, log_probs.node_entropies]
@@ -377,12 +401,13 @@ def test_advantages():
 @pytest.mark.parametrize("normalise", ["std", "none", "batch-std"])
 def test_undecided_groups(normalise):
     """Equal rewards decide nothing, also where their mean is not quite what they are."""
-    rewards = torch.tensor([0.1] * 3 + [0.0, 1.0, 1.0] + [1e8 / 3] * 3)
-    values, undecided = group_advantages(rewards, 3, normalise=normalise, eps=1e-12)
+    rewards = torch.tensor([0.1] * 6 + [0.0, 1.0] * 3 + [0.7] * 6, dtype=torch.float64)
+    assert rewards[:6].mean() != rewards[0]
+    values, undecided = group_advantages(rewards, 6, normalise=normalise, eps=1e-30)
     assert undecided == 2
-    assert not values[:3].any()
-    assert not values[6:].any()
-    assert values[3:6].all()
+    assert not values[:6].any()
+    assert not values[12:].any()
+    assert values[6:12].all()
     assert not group_advantages([5.0, 2.0], 1, normalise=normalise).values.any()
 
 

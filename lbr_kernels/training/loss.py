@@ -62,6 +62,7 @@ class LossChoices(TypedDict, total=False):
     nodes: Literal["sum", "mean"]
     reference: TrajectoryLogProbs | None
     kl_coef: float
+    correct_kl: bool
     node_entropy_coef: float
     router_entropy_coef: float
 
@@ -128,6 +129,7 @@ def policy_loss(
     nodes: Literal["sum", "mean"] = "sum",
     reference: TrajectoryLogProbs | None = None,
     kl_coef: float = 0.0,
+    correct_kl: bool = False,
     node_entropy_coef: float = 0.0,
     router_entropy_coef: float = 0.0,
 ) -> PolicyLoss:
@@ -156,6 +158,8 @@ def policy_loss(
         reference: log-probabilities under the reference model and router, needed with ``kl_coef``.
         kl_coef: weight of KL(current || reference) [C], estimated per node and per decision as
             ``exp(d) - d - 1`` with d = reference - current (k3), and put together like the terms.
+        correct_kl: multiply that estimate by the ratio, which makes it unbiased for draws of the behaviour [C] (TRL's
+            ``use_bias_correction_kl``, on by default there).
         node_entropy_coef, router_entropy_coef: weights of an entropy bonus [C]: per position the mean over G_t of the
             entropies of the distributions that the nodes were drawn from, and the decision's. ``log_probs`` must have
             them, with gradient.
@@ -203,10 +207,12 @@ def policy_loss(
             metrics[f"{prefix}clip/low"] = (there & (per_row < 0) & (ratio < 1 - clip[0])).sum() / few
             metrics[f"{prefix}clip/high"] = (there & (per_row > 0) & (ratio > 1 + clip[1])).sum() / few
             metrics[f"{prefix}clip/dual"] = (there & bounded).sum() / few
-            metrics[f"{prefix}kl"] = (ratio - log_ratio - 1).sum() / few
+            metrics[f"{prefix}kl"] = (log_ratio.expm1() - log_ratio).sum() / few
         if anchor is not None:
             difference = torch.where(there, anchor.detach() - current, 0)
-            divergence = difference.exp() - difference - 1
+            divergence = difference.expm1() - difference
+            if correct_kl:
+                divergence = divergence * ratio
             metrics[f"{prefix}reference_kl"] = divergence.detach().sum() / few
             if kl_coef:
                 loss = loss + kl_coef * divergence
@@ -258,6 +264,7 @@ def grpo_loss(
     detach_router_input: bool = False,
     entropies: bool = False,
     allow_filters: bool = False,
+    on_policy: bool = True,
     **choices: Unpack[LossChoices],
 ) -> PolicyLoss:
     """GRPO's loss of a batch of rollouts: advantages, likelihood and policy loss in one call.
@@ -269,7 +276,7 @@ def grpo_loss(
         group_size, normalise, eps: see :func:`group_advantages`.
         detach_router_input: no gradient of the decisions reaches the model [C]; by default it does.
         entropies: log the entropies, which the bonuses need and turn on.
-        allow_filters: see :func:`trajectory_log_probs`.
+        allow_filters, on_policy: see :func:`trajectory_log_probs`.
         **choices: see :func:`policy_loss`.
 
     Returns:
@@ -288,6 +295,7 @@ def grpo_loss(
         entropies=entropies or bonus,
         detach_router_input=detach_router_input,
         allow_filters=allow_filters,
+        on_policy=on_policy,
     )
     result = policy_loss(log_probs, trajectory, advantages.values.to(device), **choices)
     result.metrics["undecided_groups"] = torch.tensor(advantages.undecided_groups, device=device)
