@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import datetime
 import json
+import multiprocessing
 import os
 import platform
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import grpo
+import judge
 import numpy as np
+import start
 import torch
 import transformers
 import typer
@@ -53,13 +56,6 @@ class Arm:
     model_lr: float
     router_lr: float = 0.0
 
-    def options(self) -> list[str]:
-        """For grpo.py."""
-        return [
-            f"--width={self.width}", f"--depth={self.depth}", f"--model-lr={self.model_lr}",
-            f"--router-lr={self.router_lr}",
-        ]  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -69,24 +65,25 @@ class Plan:
     updates: int
     arms: tuple[Arm, ...]
     start: str | None = None  # None: made by start.py
-    eval_every: int = 10
-    options: tuple[str, ...] = ()
-    judged: tuple[str, ...] = field(default=())
+    options: dict[str, Any] = field(default_factory=dict)  # of grpo.py
+    judged: dict[str, Any] = field(default_factory=dict)  # options of judge.py
 
 
 PLANS = {
     "arithmetic": Plan(
         "arithmetic",
-        updates=80,
+        updates=40,
         arms=(Arm("GRPO", 1, 1, 3e-4), Arm("LBR-GRPO, K=3 L=1", 3, 1, 3e-4, 2e-3)),
+        options={"questions": 8, "eval_every": 8, "eval_questions": 32, "eval_samples": 4},
+        judged={"questions": 48, "samples": 32},
     ),
     "reachability": Plan(
         "reachability",
-        updates=60,
+        updates=24,
         arms=(Arm("GRPO", 1, 1, 3e-4), Arm("LBR-GRPO, K=3 L=1", 3, 1, 3e-4, 2e-3)),
         start=str(CHECKPOINT),
-        options=("--questions=8", "--questions-at-once=1", "--eval-questions=24"),
-        judged=("--questions=48", "--samples=16"),
+        options={"questions": 4, "questions_at_once": 1, "eval_every": 8, "eval_questions": 24, "eval_samples": 4},
+        judged={"questions": 32, "samples": 16},
     ),
 }
 
@@ -94,49 +91,35 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 console = Console()
 
 
-def program(name: str, *arguments: str) -> None:
-    """Run one of the programs beside this file on one thread; what it says is shown if it fails."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / name), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{name} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
-
-
-def one_run(plan: Plan, arm: Arm, seed: int, start: Path, out: Path) -> None:
-    """Train and judge, or what is left of it."""
-    program(
-        "grpo.py", plan.task, str(start), str(out), f"--seed={seed}", f"--updates={plan.updates}",
-        f"--eval-every={plan.eval_every}", *plan.options, *arm.options(), "--resume",
-    )  # fmt: skip
-    judged = out / "judged.json"
-    if not judged.exists():
-        last = out / f"checkpoint-{plan.updates:06d}"
-        program(
-            "judge.py", plan.task, str(last), str(judged), f"--width={arm.width}", f"--depth={arm.depth}", *plan.judged
-        )
+def one_run(plan: Plan, arm: Arm, seed: int, start: Path, out: Path, told: Path) -> None:
+    """Train and judge, or what is left of it; what the programs say goes to a file."""
+    with told.open("a") as file, redirect_stderr(file):
+        grpo.main(
+            task=plan.task, start=start, out=out, width=arm.width, depth=arm.depth, seed=seed, updates=plan.updates,
+            model_lr=arm.model_lr, router_lr=arm.router_lr, resume=True, **plan.options,
+        )  # fmt: skip
+        if plan.judged and not (out / "judged.json").exists():
+            last = out / f"checkpoint-{plan.updates:06d}"
+            judge.main(plan.task, last, out / "judged.json", width=arm.width, depth=arm.depth, **plan.judged)
 
 
 def start_of(plan: Plan, work: Path) -> Path:
-    """The directory of the model that all runs of a task begin with."""
-    if plan.start is not None:
-        return Path(plan.start)
-    start = work / f"{plan.task}-start"
-    if not start.exists():
-        program("start.py", plan.task, str(start))
-    return start
+    """The directory of the model that all runs of a task begin with, judged as it is."""
+    made = Path(plan.start) if plan.start is not None else work / f"{plan.task}-start"
+    if not made.exists():
+        start.main(plan.task, made)
+    if plan.judged and not (work / f"{plan.task}-start.json").exists():
+        judge.main(plan.task, made, work / f"{plan.task}-start.json", **plan.judged)
+    return made
 
 
-def in_turns(jobs: int, calls: Iterable[Callable[[], None]]) -> None:
-    """All calls, so many at a time, with a bar."""
-    calls = list(calls)
+def in_turns(jobs: int, function: Callable[..., None], calls: list[tuple[Any, ...]]) -> None:
+    """All calls, so many processes at a time, with a bar."""
+    context = multiprocessing.get_context("spawn")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as pool:
+    with Progress(*columns, console=console) as progress, ProcessPoolExecutor(jobs, mp_context=context) as pool:
         bar = progress.add_task("runs", total=len(calls))
-        for done in [pool.submit(call) for call in calls]:
+        for done in as_completed([pool.submit(function, *call) for call in calls]):
             done.result()
             progress.advance(bar)
 
@@ -174,16 +157,15 @@ def run(
     work.mkdir(parents=True, exist_ok=True)
     plans = [PLANS[name] for name in tasks.split(",")]
     starts = {plan.task: start_of(plan, work) for plan in plans}
-    calls: list[Callable[[], None]] = []
-    for plan in plans:
-        start, judged = starts[plan.task], work / f"{plan.task}-start.json"
-        if not judged.exists():
-            calls.append(_call(program, "judge.py", plan.task, str(start), str(judged), *plan.judged))
-        # A seed's arms side by side: should the machine be slowed down, then for both.
-        for seed in SEEDS:
-            for index, arm in enumerate(plan.arms):
-                calls.append(_call(one_run, plan, arm, seed, start, work / f"{plan.task}-{index}-{seed}"))
-    in_turns(jobs, calls)
+    # A seed's arms side by side: should the machine be slowed down, then for both.
+    calls = [
+        (plan, arm, seed, starts[plan.task], out, out.with_suffix(".txt"))
+        for seed in SEEDS
+        for plan in plans
+        for index, arm in enumerate(plan.arms)
+        for out in [work / f"{plan.task}-{index}-{seed}"]
+    ]
+    in_turns(jobs, one_run, calls)
     for plan in plans:
         found = {
             "date": datetime.date.today().isoformat(),
@@ -210,10 +192,6 @@ def run(
         report(path)
 
 
-def _call(function: Callable[..., None], *arguments: Any) -> Callable[[], None]:
-    return lambda: function(*arguments)
-
-
 def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "start"}
 
@@ -222,31 +200,27 @@ def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
 def tune(
     work: Annotated[Path, typer.Argument(file_okay=False)],
     task: Annotated[str, typer.Option()],
-    rates: Annotated[str, typer.Option(help="The model's learning rates, comma-separated.")] = "1e-4,3e-4,1e-3",
+    rates: Annotated[str, typer.Option(help="The model's learning rates, comma-separated.")] = "3e-4,1e-3",
     updates: Annotated[int, typer.Option(min=1)] = 40,
     jobs: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Mean training reward of the last quarter of a short run, per arm and learning rate; the same effort for all."""
     work.mkdir(parents=True, exist_ok=True)
-    plan = PLANS[task]
-    start = start_of(plan, work)
-    grid = [(index, arm, rate) for index, arm in enumerate(plan.arms) for rate in map(float, rates.split(","))]
-    outs = [work / f"tune-{task}-{index}-{rate}-{updates}" for index, arm, rate in grid]
-    in_turns(
-        jobs,
-        [
-            _call(
-                program, "grpo.py", task, str(start), str(out), f"--seed={TUNING_SEED}", f"--updates={updates}",
-                *plan.options, f"--eval-every={updates + 1}", *arm.options(), f"--model-lr={rate}", "--resume",
-            )
-            for out, (index, arm, rate) in zip(outs, grid, strict=True)
-        ],
-    )  # fmt: skip
-    for out, (_, arm, rate) in zip(outs, grid, strict=True):
+    plan = replace(PLANS[task], updates=updates, judged={}, options={**PLANS[task].options, "eval_every": updates})
+    begin = start_of(plan, work)
+    grid = [
+        (index, replace(arm, model_lr=float(rate))) for index, arm in enumerate(plan.arms) for rate in rates.split(",")
+    ]
+    outs = [work / f"tune-{task}-{index}-{arm.model_lr}" for index, arm in grid]
+    calls = [
+        (plan, arm, TUNING_SEED, begin, out, out.with_suffix(".txt")) for out, (_, arm) in zip(outs, grid, strict=True)
+    ]
+    in_turns(jobs, one_run, calls)
+    for out, (_, arm) in zip(outs, grid, strict=True):
         rewards = [record["reward"] for record in read_log(out / "log.jsonl")[1:]]
         quarter = len(rewards) // 4
         console.print(
-            f"{arm.name}, model {rate}: first quarter {np.mean(rewards[:quarter]):.3f}, "
+            f"{arm.name}, model {arm.model_lr}: first quarter {np.mean(rewards[:quarter]):.3f}, "
             f"last {np.mean(rewards[-quarter:]):.3f}"
         )
 
