@@ -52,7 +52,7 @@ def totals_of(text: str, options: ArithmeticOptions) -> list[str]:
 
 @pytest.mark.parametrize("options", SIZES, ids=str)
 def test_answers_are_what_python_computes(options):
-    for problem in evaluation_problems(options, 5 if options.radix == 2 else 200, seed=1):
+    for problem in evaluation_problems(options, 3 if options.radix == 2 else 100, seed=1):
         prompt, answer = prompt_ids(problem, options), answer_ids(problem.totals(), options)
         assert (len(prompt), len(answer)) == (options.prompt_length, options.answer_length)
         assert max(prompt + answer) < options.vocab_size
@@ -155,7 +155,9 @@ def test_bad_arguments_are_refused():
         random_problem(options, split="dev", rng=np.random.default_rng(0))
     with pytest.raises(ValueError, match="count is 0"):
         evaluation_problems(options, 0, seed=0)
-    with pytest.raises(ValueError, match="count is 100, and only"):
-        evaluation_problems(ArithmeticOptions(terms=2, radix=2, digits=1), 100, seed=0)
+    with pytest.raises(ValueError, match="count is 20, and only"):
+        evaluation_problems(ArithmeticOptions(terms=4, radix=2, digits=1), 20, seed=0)
+    with pytest.raises(ValueError, match="is in split 'test'"):
+        random_problem(ArithmeticOptions(terms=2, radix=2, digits=1), split="test", rng=np.random.default_rng(0))
     with pytest.raises(ValueError, match="number is 100, expected 0 to 99"):
         number_ids(100, options)

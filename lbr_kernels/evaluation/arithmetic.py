@@ -42,6 +42,7 @@ FIRST_DIGIT = len(SPECIAL_TOKENS)
 CONTINUES = "##"
 
 _TEST_SHARE = 8  # one problem in eight belongs to the test split
+_MAX_DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,17 @@ class Verdict:
 
 
 def random_problem(options: ArithmeticOptions, *, split: Split, rng: np.random.Generator) -> Problem:
-    """A problem of that side of the split. Raises ``ValueError`` for a split that there is not."""
+    """A problem of that side of the split. Raises ``ValueError`` for a split that there is not, or that is empty."""
     if split not in ("train", "test"):
         raise ValueError(f"random_problem: split is {split!r}, expected 'train' or 'test'")
-    while True:
+    for _ in range(_MAX_DRAWS):
         totals = rng.integers(options.limit, size=options.terms).tolist()
         steps = [after - before for before, after in pairwise(totals)]
         signs = [(step > 0) - (step < 0) or 1 for step in steps]
         problem = Problem((totals[0], *map(abs, steps)), tuple(signs))
         if split_of(problem) == split:
             return problem
+    raise ValueError(f"random_problem: no problem of {options} is in split {split!r}, in {_MAX_DRAWS} draws")
 
 
 def evaluation_problems(options: ArithmeticOptions, count: int, *, seed: int) -> list[Problem]:

@@ -7,6 +7,8 @@
 Per task a JSON file goes to bench/results, with every curve, the settings, versions and the machine, and an SVG file
 beside it. WORK keeps models, checkpoints and logs; a study that was stopped goes on where it was.
 
+The tables of bench/results/grpo.md are made from the JSON; its words are not.
+
 Both arms are grpo.py: the same start, questions of the same seed, rollouts and updates; width 1 is plain GRPO.
 """
 
@@ -72,17 +74,17 @@ class Plan:
 PLANS = {
     "arithmetic": Plan(
         "arithmetic",
-        updates=40,
-        arms=(Arm("GRPO", 1, 1, 3e-4), Arm("LBR-GRPO, K=3 L=1", 3, 1, 3e-4, 1e-2)),
-        options={"questions": 8, "eval_every": 8, "eval_questions": 32, "eval_samples": 4},
+        updates=100,
+        arms=(Arm("GRPO", 1, 1, 3e-4), Arm("LBR-GRPO, K=3 L=1", 3, 1, 3e-4, 2e-3)),
+        options={"questions": 8, "eval_every": 20, "eval_questions": 32, "eval_samples": 4},
         judged={"questions": 48, "samples": 32},
     ),
     "reachability": Plan(
         "reachability",
         updates=24,
-        arms=(Arm("GRPO", 1, 1, 3e-4), Arm("LBR-GRPO, K=3 L=1", 3, 1, 3e-4, 1e-2)),
+        arms=(Arm("GRPO", 1, 1, 1e-4), Arm("LBR-GRPO, K=3 L=1", 3, 1, 1e-4, 2e-3)),
         start=str(CHECKPOINT),
-        options={"questions": 4, "questions_at_once": 1, "eval_every": 8, "eval_questions": 24, "eval_samples": 4},
+        options={"questions": 8, "questions_at_once": 1, "eval_every": 8, "eval_questions": 24, "eval_samples": 4},
         judged={"questions": 32, "samples": 16},
     ),
 }
@@ -189,7 +191,7 @@ def run(
         path = results / f"{found['date']}-grpo-{plan.task}.json"
         path.write_text(json.dumps(found) + "\n")
         draw(path)
-        report(path)
+        console.print(report(path), highlight=False, soft_wrap=True)
 
 
 def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
@@ -270,7 +272,7 @@ def draw(path: Path) -> None:
     figure, axes = plt.subplots(2, 4, figsize=(14, 6.2))
 
     def line(axis: Any, x: Any, y: NDArray[np.float64], name: str, **style: Any) -> None:
-        axis.plot(x, y.mean(axis=0), color=colors[name], label=name, **{"linewidth": 1.4, **style})
+        axis.plot(x, y.mean(axis=0), color=colors[name], **{"linewidth": 1.4, "label": name, **style})
         axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=colors[name], alpha=0.15, linewidth=0)
 
     for arm in arms:
@@ -291,7 +293,7 @@ def draw(path: Path) -> None:
         line(axes[1, 3], KS[: after.shape[1]], after, arm.name)
         if way == "router":
             uniform = np.array([pass_curve(run["after"], "uniform router") for run in arm.runs])
-            line(axes[1, 3], KS[: uniform.shape[1]], uniform, arm.name, linestyle=":")
+            line(axes[1, 3], KS[: uniform.shape[1]], uniform, arm.name, linestyle=":", label="_")
     before = pass_curve(data["before"], "plain")
     axes[1, 3].plot(KS[: len(before)], before, color="black", linewidth=1, label="start")
     labels = (
@@ -304,6 +306,9 @@ def draw(path: Path) -> None:
     for axis, (title, x) in zip(axes.flat, labels, strict=True):
         axis.set(title=title, xlabel=x)
     axes[1, 3].set_xscale("log", base=2)
+    axes[1, 2].ticklabel_format(useOffset=False)
+    low, high = axes[1, 2].get_ylim()
+    axes[1, 2].set_ylim(min(low, 0.9 * high), high)  # what stays where it began shall look so
     axes[0, 0].legend(loc="lower right")
     axes[1, 3].legend(loc="lower right")
     seeds = len(arms[0].runs)
@@ -313,24 +318,31 @@ def draw(path: Path) -> None:
     plt.close(figure)
 
 
-def report(path: Path) -> None:
-    """A task's figures as a Markdown table."""
+def report(path: Path) -> str:
+    """A task's Pass@k as a Markdown table, which goes into grpo.md between the task's marks if that lies beside."""
     data = json.loads(path.read_text())
-    arms = list(dict.fromkeys(run["arm"] for run in data["runs"]))
-    rows = [("start, plain", [pass_curve(data["before"], "plain")])]
-    for arm in arms:
+    task, before = data["plan"]["task"], data["before"]
+    ks = [k for k in KS if k <= before["samples"]]
+    rows = [("start", [pass_curve(before, "plain")])]
+    for arm in dict.fromkeys(run["arm"] for run in data["runs"]):
         runs = [run for run in data["runs"] if run["arm"] == arm]
-        for way in ("plain", "router", "uniform router"):
+        for way, name in (("plain", arm), ("router", arm), ("uniform router", "… decoded with a uniform router")):
             if way in runs[0]["after"]:
-                rows.append((f"{arm}, {way}", [pass_curve(run["after"], way) for run in runs]))
-    print(f"\n| {data['plan']['task']} | " + " | ".join(f"Pass@{k}" for k in KS) + " |")
-    print("|---" * (len(KS) + 1) + "|")
+                rows.append((name, [pass_curve(run["after"], way) for run in runs]))
+    lines = [f"| {task} | {' | '.join(f'Pass@{k}' for k in ks)} |", "|---" * (len(ks) + 1) + "|"]
     for name, curves in rows:
         cells = [
             f"{np.mean(column):.3f}" + (f" ({min(column):.3f} to {max(column):.3f})" if len(column) > 1 else "")
             for column in zip(*curves, strict=True)
         ]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    table, page = "\n".join(lines), path.with_name("grpo.md")
+    if page.exists():
+        begin, end = f"<!-- {task} -->\n", f"\n<!-- /{task} -->"
+        text = page.read_text()
+        first, last = text.index(begin) + len(begin), text.index(end)
+        page.write_text(text[:first] + table + text[last:])
+    return table
 
 
 @app.command()
@@ -338,7 +350,7 @@ def plot(paths: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False
     """Figures and tables again, from JSON."""
     for path in paths:
         draw(path)
-        report(path)
+        console.print(report(path), highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
