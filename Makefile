@@ -37,7 +37,7 @@ format: $(VENV)/.lint  ## Put all sources into shape.
 # The kernels are built again with the sanitizers' checks; their runtimes have to be in the process from the start.
 SANITIZED = LBR_KERNELS_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)"
-KERNEL_TESTS = $(addprefix tests/test_,tree_attention.py commit.py sample_children.py route.py linear.py bad_input.py)
+KERNEL_TESTS = $(addprefix tests/test_,tree_attention.py packed_tree_attention.py commit.py sample_children.py route.py linear.py bad_input.py)
 CUDA_TESTS = $(addprefix tests/test_,tree_attention.py tree_attention_cuda.py commit.py commit_cuda.py sample_children.py sample_children_cuda.py route.py route_cuda.py simt.py)
 
 test-sanitize: $(VENV)/.test  ## The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer; 1, 2, 4 threads.

@@ -1,14 +1,15 @@
-"""The benchmarks on a GPU: ``ops.tree_attention``, and the decoding step with its other ops.
+"""The benchmarks on a GPU: ``ops.tree_attention``, the decoding step with its other ops, and packed trees for training.
 
     .venv/bin/python bench/gpu.py attention             at most 8 minutes; JSON, table, plot into bench/results/
     .venv/bin/python bench/gpu.py step                  at most 10 minutes; likewise
+    .venv/bin/python bench/gpu.py packed                at most 5 minutes; JSON and table
     .venv/bin/python bench/gpu.py ... --quick           a selection
     .venv/bin/python bench/gpu.py ... --dry-run         no GPU: the same code on tiny shapes; keeps nothing
     .venv/bin/python bench/gpu.py results               bench/results/gpu.md, from the runs that are kept
 
 ``lbr-kernels build`` comes first where kernels have to be compiled; optional sides are those whose package can be
 imported (flash_attn, flash_attn_interface, flashinfer; the last compiles at first use). What follows is of
-``attention``; ``gpu_step.py`` and ``gpu_ops.py`` say how ``step`` measures.
+``attention``; ``gpu_step.py`` and ``gpu_ops.py`` say how ``step`` measures, ``gpu_packed.py`` how ``packed`` does.
 
 Contract
 --------
@@ -43,6 +44,8 @@ from typing import Annotated, Any
 
 import gpu_machine
 import gpu_ops
+import gpu_packed
+import gpu_packed_report
 import gpu_report
 import gpu_step
 import gpu_step_report
@@ -339,13 +342,41 @@ def step(out: Out = None, quick: Quick = False, dry_run: Dry = False, minutes: M
         _finish(data, directory, write, gpu_step.troubles(data), not dry_run or out is not None)
 
 
+@app.command()
+def packed(out: Out = None, quick: Quick = False, dry_run: Dry = False, minutes: Minutes = 4.5) -> None:
+    """Measure ops.packed_tree_attention, forward and backward, against FlexAttention; ends with 1 if wrong."""
+    started = time.monotonic()
+    machine = _machine(out, dry_run)
+    torch._dynamo.config.recompile_limit = 1000
+    shapes = gpu_packed.DRY if dry_run else gpu_packed.QUICK if quick else gpu_packed.SHAPES
+    data: dict[str, Any] = {
+        "benchmark": "packed", "dry_run": dry_run, "quick": quick, "complete": False, "aborted": None,
+        "date": date.today().isoformat(), "device": machine.describe(), "versions": versions(),
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "method": "A forward and a backward pass on one set of buffers, sides in turns; each was compared with the "
+        "fp32 reference on a small problem of the same kind and with the first side on this one (relative error of "
+        f"every tensor at most {gpu_packed.TOLERANCE[machine.dtype]:g}).",
+    }  # fmt: skip
+
+    with _directory(out, dry_run) as directory:
+        gpu_packed.measure(
+            machine, shapes, gpu_packed.sides_for(machine.device), 60 * minutes - (time.monotonic() - started), data,
+            keep=lambda known: write_json(known, directory),
+        )  # fmt: skip
+        _finish(
+            data, directory, lambda path: gpu_packed_report.tables(gpu_packed_report.PackedRun.load(path)),
+            gpu_packed.troubles(data), not dry_run or out is not None,
+        )  # fmt: skip
+
+
 def page_text() -> str:
     """The results page, made from the runs in bench/results."""
     parts = [
         "# On GPUs",
         f"Made by `{gpu_report.COMMAND} results` from the JSON files beside it.",
         gpu_report.results_part(gpu_report.Run.kept(RESULTS)).rstrip(),
-        gpu_step_report.results_part(gpu_step_report.StepRun.kept(RESULTS)),
+        gpu_step_report.results_part(gpu_step_report.StepRun.kept(RESULTS)).rstrip(),
+        gpu_packed_report.results_part(gpu_packed_report.PackedRun.kept(RESULTS)),
     ]
     return "\n\n".join(parts)
 

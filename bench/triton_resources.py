@@ -28,7 +28,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from lbr_kernels.ops import commit_triton, route_triton, sample_children_triton, tree_attention_triton
+from lbr_kernels.ops import (
+    commit_triton,
+    packed_tree_attention_triton,
+    route_triton,
+    sample_children_triton,
+    tree_attention_triton,
+)
 from lbr_kernels.ops._triton_support import Launch
 from lbr_kernels.ops.route import weight_shapes
 from lbr_kernels.ops.tree_shape import num_slots
@@ -197,7 +203,48 @@ def route_launch(width: int, depth: int, dim: int, dtype: torch.dtype, *, varian
     )
 
 
-KERNELS: dict[str, Callable[[], Launch]] = {
+def packed_launch(
+    name: str,
+    head_size: int,
+    dtype: torch.dtype,
+    *,
+    value_size: int | None = None,
+    heads: tuple[int, int] = (32, 8),
+    features: bool = False,
+    arch: int = 90,
+) -> Launch:
+    """One of the launches of a forward and a backward pass over 12288 nodes; with all features or none."""
+    (Hq, Hk), T, value_size = heads, 12288, value_size or head_size
+
+    def halves(count: int, size: int) -> torch.Tensor:
+        return meta(1, T, count, size, dtype=dtype).transpose(1, 2)
+
+    query, key, value, grad = (
+        halves(Hq, head_size),
+        halves(Hk, head_size),
+        halves(Hk, value_size),
+        halves(Hq, value_size),
+    )
+    per_head, per_node = meta(Hq, dtype=torch.float32), meta(1, T, dtype=torch.int32)
+    lse, packs, flag = meta(1, Hq, T, dtype=torch.float32), meta(9, dtype=torch.int32), meta(1, dtype=torch.int32)
+    positions, sinks, slopes = (per_node, per_head, per_head) if features else (None, None, None)
+    numbers: Any = (None, 512, 30.0) if features else (None, None, None)
+    ours = packed_tree_attention_triton
+    launches = ours.forward(
+        query, key, value, per_node, packs, positions, sinks, slopes, *numbers, flag=flag, capability=arch
+    ).launches  # fmt: skip
+    launches |= ours.backward(
+        grad, query, key, value, grad, lse, per_node, packs, positions, slopes, *numbers, flag=flag,
+        capability=arch, multiprocessors=MULTIPROCESSORS,
+    ).launches  # fmt: skip
+    return launches[name]
+
+
+PACKED = ("forward", "query_gradient", "key_value_gradient")
+
+BY_ARCHITECTURE = "packed_tree_attention"  # kernels whose block sizes depend on it
+
+KERNELS: dict[str, Callable[..., Launch]] = {
     **{
         f"tree_attention bfloat16 d{d} rows {rows}": partial(tree_attention_launch, rows, d, torch.bfloat16)
         for d in (64, 128, 256)
@@ -246,6 +293,27 @@ KERNELS: dict[str, Callable[[], Launch]] = {
             (torch.float32, 256, 3, 3, False),
         )
     },
+    **{
+        f"packed_tree_attention {kernel} {str(dtype)[6:]} d{d}{', all features' if features else ''}": partial(
+            packed_launch, kernel, d, dtype, features=features
+        )
+        for dtype, d, features in (
+            (torch.bfloat16, 64, False),
+            (torch.bfloat16, 128, False),
+            (torch.bfloat16, 256, False),
+            (torch.float16, 64, False),
+            (torch.float16, 128, False),
+            (torch.float32, 128, False),
+            (torch.bfloat16, 64, True),
+            (torch.bfloat16, 128, True),
+            (torch.bfloat16, 256, True),
+        )
+        for kernel in PACKED
+    },
+    **{
+        f"packed_tree_attention {launch}": partial(packed_launch, launch, 128, torch.bfloat16, features=True)
+        for launch in ("order", "blocks of lists by query", "lists by query", "lists by key")
+    },
 }
 
 
@@ -262,8 +330,9 @@ def resources(
     """Compiles; one record per kernel and architecture, with the seconds that compiling took."""
     records = []
     for name in kernels:
-        launch = KERNELS[name]()
         for arch in architectures:
+            make = KERNELS[name]
+            launch = make(arch=arch) if name.startswith(BY_ARCHITECTURE) else make()
             start = time.perf_counter()
             compiled = compile_for(launch, arch)
             seconds = time.perf_counter() - start

@@ -15,6 +15,7 @@
 #include "checks.h"
 #include "commit.h"
 #include "cpu/kernels.h"
+#include "packed_tree_attention.h"
 #include "params.h"
 #include "route.h"
 #include "sample_children.h"
@@ -57,6 +58,70 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (p.q_heads > 0) kernels(check, isa).tree_attention(p, kTorchPool);
   return {out, lse};
+}
+
+// The packs lie one behind the other, and no subtree leaves its own.
+void check_packs(const Checker& check, const PackedTreeAttentionParams& p, int64_t trees) {
+  const int64_t first_of_one[] = {0, p.nodes};
+  const auto bound = [&](int64_t i) { return p.cu_seqlens ? int64_t(p.cu_seqlens[i]) : first_of_one[i]; };
+  bool ascending = bound(0) == 0 && bound(p.packs) == p.nodes;
+  for (int64_t i = 0; i < p.packs; ++i) ascending &= bound(i) <= bound(i + 1);
+  if (!ascending) {
+    std::ostringstream bounds;
+    for (int64_t i = 0; i <= p.packs; ++i) bounds << (i ? ", " : "[") << bound(i);
+    check(false, "cu_seqlens is ", bounds.str(), "], expected an ascending list from 0 to T = ", p.nodes);
+  }
+  for (int64_t b = 0; b < trees; ++b)
+    for (int64_t i = 0; i < p.packs; ++i)
+      for (int64_t k = bound(i); k < bound(i + 1); ++k) {
+        const int32_t end = p.subtree_end[b * p.subtree_end_stride + k];
+        const int64_t length = bound(i + 1) - bound(i);
+        check(end >= 0 && end <= length, "subtree_end[", b, ", ", k, "] is ", end, ", expected 0 <= end <= its pack's ",
+              length);
+      }
+}
+
+// [B, H, T, D] as a view of [B, T, H, D], which is how models read it on.
+Tensor interleaved(const Tensor& like, int64_t B, int64_t H, int64_t T, int64_t D) {
+  return torch::stable::transpose(torch::stable::new_empty(like, {B, T, H, D}), 1, 2);
+}
+
+std::tuple<Tensor, Tensor> packed_tree_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                 const Tensor& subtree_end, const OptionalTensor& cu_seqlens,
+                                                 const OptionalTensor& positions, const OptionalTensor& sinks,
+                                                 const OptionalTensor& alibi_slopes, std::optional<double> scale,
+                                                 std::optional<int64_t> window, std::optional<double> softcap,
+                                                 int64_t isa) {
+  const Checker check("packed_tree_attention", query);
+  PackedTreeAttentionParams p = packed_tree_attention_params(check, query, key, value, subtree_end, cu_seqlens,
+                                                             positions, sinks, alibi_slopes, scale, window, softcap);
+  check_packs(check, p, subtree_end.size(0));
+  Tensor out = interleaved(query, p.batch, p.q_heads, p.nodes, p.value_dim);
+  Tensor lse = torch::stable::new_empty(query, {p.batch, p.q_heads, p.nodes}, ScalarType::Float);
+  p.out = out.mutable_data_ptr();
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  kernels(check, isa).packed_tree_attention(p, kTorchPool);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> packed_tree_attention_backward(
+    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+    const Tensor& lse, const Tensor& subtree_end, const OptionalTensor& cu_seqlens, const OptionalTensor& positions,
+    const OptionalTensor& sinks, const OptionalTensor& alibi_slopes, std::optional<double> scale,
+    std::optional<int64_t> window, std::optional<double> softcap, int64_t isa) {
+  const Checker check("packed_tree_attention_backward", query);
+  const PackedTreeAttentionParams forward = packed_tree_attention_params(
+      check, query, key, value, subtree_end, cu_seqlens, positions, sinks, alibi_slopes, scale, window, softcap);
+  PackedTreeAttentionBackwardParams p = packed_tree_attention_backward_params(check, forward, query, grad, out, lse);
+  check_packs(check, forward, subtree_end.size(0));
+  Tensor query_grad = interleaved(query, forward.batch, forward.q_heads, forward.nodes, forward.head_dim);
+  Tensor key_grad = interleaved(key, forward.batch, forward.kv_heads, forward.nodes, forward.head_dim);
+  Tensor value_grad = interleaved(value, forward.batch, forward.kv_heads, forward.nodes, forward.value_dim);
+  p.query_grad = query_grad.mutable_data_ptr();
+  p.key_grad = key_grad.mutable_data_ptr();
+  p.value_grad = value_grad.mutable_data_ptr();
+  kernels(check, isa).packed_tree_attention_backward(p, kTorchPool);
+  return {query_grad, key_grad, value_grad};
 }
 
 void commit_(const std::vector<Tensor>& caches, const Tensor& prefix_lens, const Tensor& sources,
@@ -223,6 +288,8 @@ bool has_isa(int64_t isa) { return isa > 0 && isa < int64_t(Isa::kCount) && cpu_
 
 STABLE_TORCH_LIBRARY_IMPL(lbr_kernels, CPU, m) {
   m.impl("tree_attention", TORCH_BOX(&lbr::tree_attention));
+  m.impl("packed_tree_attention", TORCH_BOX(&lbr::packed_tree_attention));
+  m.impl("packed_tree_attention_backward", TORCH_BOX(&lbr::packed_tree_attention_backward));
   m.impl("commit_", TORCH_BOX(&lbr::commit_));
   m.impl("sample_children", TORCH_BOX(&lbr::sample_children));
   m.impl("top_children", TORCH_BOX(&lbr::top_children));

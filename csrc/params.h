@@ -48,6 +48,41 @@ struct TreeAttentionParams {
   int64_t window;  // 0: none; else query position - key position < window
 };
 
+// softmax(scale * query . keys) . values over the nodes k of the same pack with k <= q < subtree_end[k].
+struct PackedTreeAttentionParams {
+  DType dtype;                                                // of query, keys, values and out
+  const void* query;                                          // [batch, q_heads, nodes, head_dim]
+  const void* keys;                                           // [batch, kv_heads, nodes, head_dim]
+  const void* values;                                         // [batch, kv_heads, nodes, value_dim]
+  void* out;                                                  // [batch, nodes, q_heads, value_dim], dense
+  float* lse;                                                 // [batch, q_heads, nodes], dense
+  int64_t query_stride[3], keys_stride[3], values_stride[3];  // batch, head, node
+  int64_t batch, q_heads, kv_heads, nodes, head_dim, value_dim;
+  const int32_t* subtree_end;  // [batch, nodes], counted from the start of a node's pack, at most the pack's length
+  int64_t subtree_end_stride;  // batch (0 if all rows share a tree)
+  const int32_t* cu_seqlens;   // [packs + 1] ascending from 0 to nodes, or null: one pack
+  int64_t packs;
+  const int32_t* positions;   // [batch, nodes]; null only without window and alibi_slopes
+  int64_t positions_stride;   // batch (0 if shared)
+  const float* sinks;         // [q_heads] or null
+  const float* alibi_slopes;  // [q_heads] or null
+  float scale;
+  float softcap;   // 0: none
+  int64_t window;  // 0: none; else query position - key position < window
+};
+
+// Gradients of query, keys and values; `forward.out` and `forward.lse` are not used.
+struct PackedTreeAttentionBackwardParams {
+  PackedTreeAttentionParams forward;
+  const void* grad;                                      // [batch, q_heads, nodes, value_dim]
+  const void* out;                                       // the same, what the forward pass gave
+  const float* lse;                                      // [batch, q_heads, nodes], likewise
+  int64_t grad_stride[3], out_stride[3], lse_stride[2];  // batch, head, node
+  void* query_grad;                                      // [batch, nodes, q_heads, head_dim], dense
+  void* key_grad;                                        // [batch, nodes, kv_heads, head_dim], dense
+  void* value_grad;                                      // [batch, nodes, kv_heads, value_dim], dense
+};
+
 // caches[c] slot prefix_lens[b] + i receives slot prefix_lens[b] + sources[b][i]; then prefix_lens[b] += advance[b].
 struct CommitParams {
   struct Cache {

@@ -8,6 +8,7 @@ from support import BACKENDS, device_of, to_device
 from test_route import random_router
 
 from lbr_kernels import ops
+from lbr_kernels.ops import _registry
 from lbr_kernels.ops._backends import GPU_OPS
 
 NAN, INF = float("nan"), float("inf")
@@ -54,6 +55,33 @@ def routing(**change):
 def product(**change):
     arguments = {"input": torch.randn(2, 3, 16), "weight": torch.randn(5, 16), "bias": torch.randn(5)}
     return ops.linear, {**arguments, **change}
+
+
+def packed(**change):
+    arguments = {
+        "query": torch.randn(2, 4, 5, 16),
+        "key": torch.randn(2, 2, 5, 16),
+        "value": torch.randn(2, 2, 5, 8),
+        "subtree_end": i32(5, 2, 5, 5, 5).view(1, 5),
+    }
+    return ops.packed_tree_attention, {**arguments, **change}
+
+
+def one_pack(**change):
+    _, arguments = packed()
+    return packed(**{**{name: tensor[:1] for name, tensor in arguments.items()}, **change})
+
+
+def packed_tree_attention_backward(*, query, backend, **arguments):
+    """The gradient's op by itself, as autograd calls it."""
+    op = "packed_tree_attention_backward"
+    return _registry.call(op, backend, query, query=query, **arguments)
+
+
+def packed_gradient(**change):
+    _, arguments = packed()
+    more = {"grad": torch.randn(2, 4, 5, 8), "out": torch.randn(2, 4, 5, 8), "lse": torch.randn(2, 4, 5)}
+    return packed_tree_attention_backward, {**arguments, **more, **change}
 
 
 def with_value(shape, index, value, dtype=torch.float32, fill=0):
@@ -134,6 +162,125 @@ TABLE = {
     "slopes": (
         attention(alibi_slopes=torch.zeros(4, dtype=torch.float64)),
         "alibi_slopes has dtype torch.float64, expected torch.float32",
+    ),
+    # packed_tree_attention
+    "packed query rank": (packed(query=SHAPE3), "query has shape [4, 3, 16], expected [B, Hq, T, D]"),
+    "packed query dtype": (
+        packed(query=torch.zeros(2, 4, 5, 16, dtype=torch.int32)),
+        "query has dtype torch.int32, expected torch.float32, torch.float16 or torch.bfloat16",
+    ),
+    "packed query stride": (
+        packed(query=torch.randn(2, 4, 5, 32)[..., ::2]),
+        "query has stride 2 along its last axis, expected 1",
+    ),
+    "packed key nodes": (
+        packed(key=torch.randn(2, 2, 6, 16)),
+        "key has shape [2, 2, 6, 16], expected [2, Hk, 5, 16]",
+    ),
+    "packed key dtype": (
+        packed(key=torch.randn(2, 2, 5, 16).double()),
+        "key has dtype torch.float64, expected torch.float32",
+    ),
+    "packed key stride": (
+        packed(key=torch.randn(2, 2, 16, 5).mT),
+        "key has stride 5 along its last axis, expected 1",
+    ),
+    "packed value heads": (
+        packed(value=torch.randn(2, 1, 5, 8)),
+        "value has shape [2, 1, 5, 8], expected [2, 2, 5, Dv]",
+    ),
+    "packed value dtype": (
+        packed(value=torch.randn(2, 2, 5, 8).double()),
+        "value has dtype torch.float64, expected torch.float32",
+    ),
+    "packed value stride": (
+        packed(value=torch.randn(2, 2, 8, 5).mT),
+        "value has stride 5 along its last axis, expected 1",
+    ),
+    "packed head counts": (packed(query=torch.randn(2, 3, 5, 16)), "query has 3 heads, expected a multiple of key's 2"),
+    "packed head size": (
+        packed(query=torch.randn(2, 4, 5, 0), key=torch.randn(2, 2, 5, 0)),
+        "query has head size 0, expected at least 1",
+    ),
+    "subtree_end dtype": (
+        packed(subtree_end=torch.full((1, 5), 5)),
+        "subtree_end has dtype torch.int64, expected torch.int32",
+    ),
+    "subtree_end rows": (
+        packed(subtree_end=i32(*[5] * 15).view(3, 5)),
+        "subtree_end has shape [3, 5], expected [1 or 2, 5]",
+    ),
+    "subtree past the pack": (
+        packed(subtree_end=i32(5, 2, 6, 5, 5).view(1, 5)),
+        "subtree_end[0, 2] is 6, expected 0 <= end <= its pack's 5",
+    ),
+    "negative subtree_end": (
+        packed(subtree_end=i32(5, 2, 5, 5, 5, 5, 2, 5, 5, -1).view(2, 5)),
+        "subtree_end[1, 4] is -1, expected 0 <= end <= its pack's 5",
+    ),
+    "packs of several rows": (packed(cu_seqlens=i32(0, 5)), "query has 2 rows, expected 1 with cu_seqlens"),
+    "packs out of order": (
+        one_pack(cu_seqlens=i32(0, 4, 3, 5)),
+        "cu_seqlens is [0, 4, 3, 5], expected an ascending list from 0 to T = 5",
+    ),
+    "packs that end early": (
+        one_pack(cu_seqlens=i32(0, 4)),
+        "cu_seqlens is [0, 4], expected an ascending list from 0 to T = 5",
+    ),
+    "packs that begin late": (
+        one_pack(cu_seqlens=i32(1, 5)),
+        "cu_seqlens is [1, 5], expected an ascending list from 0 to T = 5",
+    ),
+    "no packs": (one_pack(cu_seqlens=i32()), "cu_seqlens is empty, expected at least [0]"),
+    "subtree past its own pack": (
+        one_pack(cu_seqlens=i32(0, 2, 5), subtree_end=i32(2, 2, 3, 3, 4).view(1, 5)),
+        "subtree_end[0, 4] is 4, expected 0 <= end <= its pack's 3",
+    ),
+    "packs dtype": (
+        packed(cu_seqlens=torch.tensor([0, 5])),
+        "cu_seqlens has dtype torch.int64, expected torch.int32",
+    ),
+    "positions for a window": (
+        packed(positions=i32(0, 1).view(1, 2)),
+        "positions has shape [1, 2], expected [1 or 2, 5]",
+    ),
+    "packed window": (packed(window=0), "window is 0, expected an integer >= 1"),
+    "packed softcap": (packed(softcap=0.0), "softcap is 0, expected a number > 0"),
+    "packed sinks": (packed(sinks=torch.zeros(2)), "sinks has shape [2], expected [4]"),
+    "packed slopes": (
+        packed(alibi_slopes=torch.zeros(4, dtype=torch.float64)),
+        "alibi_slopes has dtype torch.float64, expected torch.float32",
+    ),
+    # its gradient
+    "gradient of another query": (
+        packed_gradient(query=SHAPE3),
+        "query has shape [4, 3, 16], expected [B, Hq, T, D]",
+    ),
+    "gradient without positions": (
+        packed_gradient(window=3),
+        "positions is None, expected them where there is a window or alibi_slopes",
+    ),
+    "gradient past the pack": (
+        packed_gradient(subtree_end=i32(5, 2, 6, 5, 5).view(1, 5)),
+        "subtree_end[0, 2] is 6, expected 0 <= end <= its pack's 5",
+    ),
+    "grad shape": (
+        packed_gradient(grad=torch.randn(2, 4, 5, 16)),
+        "grad has shape [2, 4, 5, 16], expected [2, 4, 5, 8]",
+    ),
+    "grad dtype": (
+        packed_gradient(grad=torch.randn(2, 4, 5, 8).double()),
+        "grad has dtype torch.float64, expected torch.float32",
+    ),
+    "grad stride": (
+        packed_gradient(grad=torch.randn(2, 4, 8, 5).mT),
+        "grad has stride 5 along its last axis, expected 1",
+    ),
+    "out shape": (packed_gradient(out=torch.randn(2, 4, 6, 8)), "out has shape [2, 4, 6, 8], expected [2, 4, 5, 8]"),
+    "lse shape": (packed_gradient(lse=torch.randn(2, 2, 5)), "lse has shape [2, 2, 5], expected [2, 4, 5]"),
+    "lse dtype": (
+        packed_gradient(lse=torch.randn(2, 4, 5).double()),
+        "lse has dtype torch.float64, expected torch.float32",
     ),
     # commit_
     "cache rank": (commit(caches=[torch.randn(2, 20, 16)]), "caches[0] has shape [2, 20, 16], expected [2, H, S, D]"),
@@ -305,6 +452,9 @@ ELSEWHERE = (
     "row advance", "commit length", "uniform of 1", "uniform NaN", "row temperature", "half a top_k", "endless top_k",
     "NaN top_k", "row index", "NaN logits", "infinite logits", "all filtered out", "top NaN", "router uniforms",
     "NaN hidden", "infinite hidden", "no candidate", "orphan", "gap between siblings",
+    "packed query dtype", "packed key dtype", "packed value dtype", "grad dtype", "lse dtype", "subtree past the pack",
+    "negative subtree_end", "packs out of order", "packs that end early", "packs that begin late",
+    "subtree past its own pack", "gradient past the pack",
 )  # fmt: skip
 ON_GPU = [case for case, ((op, _), _) in TABLE.items() if op.__name__ in GPU_OPS and case not in ELSEWHERE]
 

@@ -151,6 +151,75 @@ def test_compiles_and_takes_the_best_backend():
     assert torch.equal(compiled(**p), ops.tree_attention(**p))
 
 
+def packed(T, *, B=1, Hk=2, group=4, D=128, dtype=torch.bfloat16, seed=0):
+    """A trajectory with two branches that were not taken before every committed token."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(heads):
+        data = torch.randn(B, T, heads, D, generator=generator, device="cuda", dtype=dtype)
+        return data.transpose(1, 2).requires_grad_()
+
+    ends = torch.arange(1, T + 1, dtype=torch.int32, device="cuda")
+    ends[2::3] = T
+    return [normal(Hk * group), normal(Hk), normal(Hk), ends[None].expand(B, -1).contiguous()]
+
+
+def packed_gradients(args, grad, **extras):
+    out = ops.packed_tree_attention(*args, **extras)
+    return (out.detach(), *torch.autograd.grad(out, args[:3], grad))
+
+
+@pytest.mark.parametrize("T", [1, 127, 129, 1000, 3001])
+@pytest.mark.parametrize(("D", "dtype"), [(128, torch.bfloat16), (64, torch.float16), (96, torch.float32)])
+@pytest.mark.parametrize("features", [{}, {"window": 200, "softcap": 20.0}])
+def test_packed_trees(T, D, dtype, features):
+    args = packed(T, D=D, dtype=dtype)
+    grad = torch.randn_like(args[0])
+    got = packed_gradients(args, grad, backend="triton", **features)
+    wide = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in args]
+    want = packed_gradients(wide, grad.double(), backend="reference", **features)
+    for one, exact in zip(got, want, strict=True):
+        error = (one.double() - exact).norm() / exact.norm().clamp(min=1e-6)
+        assert error < {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    again = packed_gradients(args, grad, backend="triton", **features)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    assert torch.equal(got[0], packed_gradients(args, grad, **features)[0])  # backend=None
+
+
+def test_packed_trees_in_a_graph():
+    """Order and lists are found on the device: a replay follows other trees and packs, without the host."""
+    args, bounds = packed(2000), torch.tensor([0, 900, 2000], dtype=torch.int32, device="cuda")
+    args[3].clamp_(max=900)
+    grad = torch.randn_like(args[0])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        packed_gradients(args, grad, cu_seqlens=bounds, backend="triton")
+    torch.cuda.synchronize()
+    ops.raise_if_flagged("cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        got = packed_gradients(args, grad, cu_seqlens=bounds, backend="triton")
+    for split in (900, 1, 1999):
+        bounds[1] = split
+        node = torch.arange(2000, device="cuda")
+        length = torch.where(node < split, split, 2000 - split)
+        args[3].copy_(torch.where(node % 3 == 2, length, torch.where(node < split, node, node - split) + 1))
+        graph.replay()
+        want = packed_gradients(args, grad, cu_seqlens=bounds, backend="triton")
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    ops.raise_if_flagged("cuda")
+
+
+def test_packed_trees_flag_what_cannot_be():
+    args = packed(500)
+    args[3][0, 100] = 501
+    out = ops.packed_tree_attention(*args, backend="triton")
+    assert out.isnan().all()
+    with pytest.raises(RuntimeError, match="a row's subtree_end or the cu_seqlens were out of range"):
+        ops.raise_if_flagged("cuda")
+
+
 def test_compute_sanitizer(tmp_path):
     """No access out of bounds, and no race in shared memory, in each tile and with many parts."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"

@@ -264,7 +264,7 @@ def test_lora():
 def test_compiled():
     model, router, trajectory = make("llama", 3, 1, num_hidden_layers=1)
     _, _, other = make("llama", 3, 1, seed=5, steps=9, num_hidden_layers=1)
-    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", dynamic=True)
+    compiled = torch.compile(copy.deepcopy(model), backend="eager", dynamic=True)
     for drawn in (trajectory, other):
         want = trajectory_log_probs(model, router, drawn)
         result = trajectory_log_probs(compiled, router, drawn)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from test_invariants import padded, random_prompts, seeded
 
-from lbr_kernels import TreeTrajectory, generate
-from lbr_kernels.training.likelihood import TrajectoryLogProbs
-from lbr_kernels.training.loss import decisions, group_advantages, policy_loss, step_of_nodes
+from lbr_kernels import Router, TreeTrajectory, generate
+from lbr_kernels.training.likelihood import TrajectoryLogProbs, trajectory_log_probs
+from lbr_kernels.training.loss import decisions, group_advantages, grpo_loss, policy_loss, step_of_nodes
 
 SHAPES = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (3, 2), (1, 3), (2, 3), (3, 3)]
 
@@ -478,3 +478,39 @@ def test_what_has_no_likelihood_is_refused(trajectories):
     plain = replace(near(trajectory, 0), node_entropies=torch.zeros_like(trajectory.node_log_probs))
     with pytest.raises(ValueError, match=r"log_probs.node_entropies is without gradient"):
         policy_loss(plain, trajectory, ADVANTAGES, node_entropy_coef=1.0)
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def test_grpo_loss(llama):
+    """Advantages, likelihood and policy loss in one call; on policy its gradient is that of -A log p(F)."""
+    torch.manual_seed(2)
+    router = Router.for_model(llama, depth=2, dim=16, num_heads=2)
+    torch.nn.init.normal_(router.score.weight)
+    trajectory = generate(
+        llama, **padded(random_prompts([4, 4, 6, 6])), width=2, depth=2, router=router, max_new_tokens=4,
+        do_sample=True, top_k=0, eos_token_id=[3, 17, 5], generator=seeded(3), return_dict_in_generate=True,
+    ).trajectory  # fmt: skip
+    rewards, parameters = [1.0, 0.0, 0.25, 0.25], [*llama.parameters(), *router.parameters()]
+    result = grpo_loss(llama, router, trajectory, rewards, group_size=2, entropies=True)
+    assert result.metrics["undecided_groups"] == 1
+    assert result.metrics["forwarded_nodes"] > 0
+    assert result.metrics["router_entropy"] > 0
+    torch.testing.assert_close(result.metrics["ratio/max"], torch.tensor(1.0), rtol=1e-4, atol=0)
+    log_probs = trajectory_log_probs(llama, router, trajectory)
+    per_row = log_probs.node_log_probs.sum(1) + log_probs.router_log_probs.sum(1)
+    advantages = group_advantages(rewards, 2).values
+    expected = -(advantages * per_row).sum() / trajectory.num_committed.sum()
+    want = torch.autograd.grad(expected, parameters, allow_unused=True, materialize_grads=True)
+    got = torch.autograd.grad(result.loss, parameters, allow_unused=True, materialize_grads=True)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    apart = grpo_loss(llama, router, trajectory, rewards, group_size=2, detach_router_input=True, node_entropy_coef=0.1)
+    detached = torch.autograd.grad(apart.loss, parameters, allow_unused=True, materialize_grads=True)
+    assert any(not torch.allclose(a, b, atol=1e-5) for a, b in zip(detached, got, strict=True))
+    with pytest.raises(ValueError, match=r"rewards\[1\] is nan"):
+        grpo_loss(llama, router, trajectory, [0.0, float("nan"), 0.0, 0.0], group_size=2)
+    filtered = replace(trajectory, settings=replace(trajectory.settings, filters={"temperature": 0.5}))
+    with pytest.raises(ValueError, match="allow_filters=True"):
+        grpo_loss(llama, router, filtered, rewards, group_size=2)

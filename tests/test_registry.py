@@ -6,7 +6,7 @@ import pytest
 import simt_backend
 import torch
 from support import device_of, to_device
-from test_bad_input import attention, commit, product, routing, sample, top
+from test_bad_input import attention, commit, packed, packed_gradient, product, routing, sample, top
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lbr_kernels import Router, RouterConfig, ops
@@ -32,6 +32,15 @@ def op_arguments(name):
     if name == "top_children":
         _, a = top()
         return (a["logits"], 3), {}
+    if name.startswith("packed_tree_attention"):
+        _, a = packed() if name == "packed_tree_attention" else packed_gradient()
+        query, key, value, end = (a[n] for n in ("query", "key", "value", "subtree_end"))
+        extras = {"positions": torch.arange(5, dtype=torch.int32)[None], "window": 4, "softcap": 5.0}
+        extras |= {"sinks": torch.randn(4), "alibi_slopes": torch.rand(4)}
+        if name == "packed_tree_attention":
+            leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+            return (*leaves, end), {**extras, "sinks": extras["sinks"].requires_grad_()}
+        return (a["grad"], query, key, value, a["out"], a["lse"], end), extras
     if name == "linear":
         _, a = product()
         return tuple(a.values()), {}
@@ -143,7 +152,7 @@ def test_preferences_of_other_ops(monkeypatch):
     assert asked == [("top_children", ("cuda", "triton")), ("top_children", ("triton", "cuda"))]
 
 
-@pytest.mark.parametrize("make", [attention, sample, top, routing, product])
+@pytest.mark.parametrize("make", [attention, packed, sample, top, routing, product])
 @pytest.mark.parametrize("backend", [None, "cpu-portable"])
 def test_compiles_without_graph_breaks(make, backend):
     op, arguments = make()
@@ -175,7 +184,10 @@ def test_compiled_commit_mutates():
 
 def test_backends_says_why():
     table = ops.backends("cpu")
-    assert set(table) == {"tree_attention", "commit_", "sample_children", "top_children", "route", "linear"}
+    assert set(table) == {
+        "tree_attention", "packed_tree_attention", "packed_tree_attention_backward", "commit_", "sample_children",
+        "top_children", "route", "linear",
+    }  # fmt: skip
     for reasons in table.values():
         assert reasons["reference"] is None
     assert "takes tensors on cpu" in ops.backends("cuda")["route"]["cpu"]
@@ -191,6 +203,17 @@ def test_gradients_are_the_references():
         ops.tree_attention(**a, backend="cpu")
     with torch.no_grad():
         ops.tree_attention(**a, backend="cpu")
+
+
+@pytest.mark.parametrize("backend", [None, "cpu", "cpu-portable"])
+def test_a_kernel_with_a_gradient_runs_where_one_is_wanted(monkeypatch, backend):
+    """Packed tree attention is differentiable on every backend: nothing falls back to the reference."""
+    monkeypatch.setitem(_registry.OPS, "packed_tree_attention", None)
+    monkeypatch.setitem(_registry.OPS, "packed_tree_attention_backward", None)
+    _, a = packed()
+    a["query"].requires_grad_()
+    ops.packed_tree_attention(**a, backend=backend).sum().backward()
+    assert a["query"].grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

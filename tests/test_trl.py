@@ -306,7 +306,7 @@ def test_rows_draw_from_their_own_streams(tmp_path, monkeypatch):
     generate = module.generate
 
     def spy(*args, **kwargs):
-        seen.append((kwargs["streams"].tolist(), kwargs["num_return_sequences"], args[1].shape))
+        seen.append((kwargs["streams"].tolist(), kwargs["generation_config"].num_return_sequences, args[1].shape))
         return generate(*args, **kwargs)
 
     monkeypatch.setattr(module, "generate", spy)
@@ -351,6 +351,13 @@ def test_rows_draw_from_their_own_streams(tmp_path, monkeypatch):
 def test_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **change)
+
+
+def test_sharding_is_refused(tmp_path):
+    args = config(tmp_path)
+    args.fsdp = True  # transformers takes it in a distributed run only
+    with pytest.raises(ValueError, match="fsdp is True, expected None or False"):
+        LBRGRPOTrainer(tiny_policy(), None, share_of_good, args, train_dataset=prompts())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -2,7 +2,8 @@
 
 As a program it trains in a process of its own, to be killed or to be one of several:
 ``python tests/trl_support.py OPTIONS``, where OPTIONS is JSON: ``args`` for the configuration, ``model`` changes,
-``resume``, ``log`` (where the history is written), ``pause`` (a step at whose end it waits to be killed).
+``resume``, ``log`` (where the history is written), ``calls`` (where each process writes how often its rollouts called
+the model), ``save`` (where the model goes), ``pause`` (a step at whose end it waits to be killed, after ``sign``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from lbr_kernels import Router
+from lbr_kernels.training import trl as module
 from lbr_kernels.training.trl import LBRGRPOConfig, LBRGRPOTrainer
 
 WORDS = ["[PAD]", "[EOS]", *(f"w{index}" for index in range(38))]
@@ -115,9 +117,19 @@ def main(options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     made = trainer(options["args"].pop("output_dir"), policy=options.get("model"), **options["args"])
+    decode, calls = module.generate, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        out = decode(*args, **kwargs)
+        calls.append(out.stats.model_calls)
+        return out
+
+    module.generate = counted
     if "pause" in options:
         made.add_callback(Pause(options["pause"], Path(options["sign"])))
     made.train(resume_from_checkpoint=options.get("resume"))
+    if "calls" in options:
+        Path(f"{options['calls']}{made.accelerator.process_index}").write_text(json.dumps(calls))
     if made.is_world_process_zero():
         Path(options["log"]).write_text(json.dumps(history(made)))
     if options.get("save"):

@@ -11,6 +11,8 @@ enum class Isa : int64_t { kBest, kPortable, kAvx2, kAvx512, kAvx512Bf16, kCount
 struct CpuKernels {
   void (*linear)(const LinearParams&, const ThreadPool&);
   void (*tree_attention)(const TreeAttentionParams&, const ThreadPool&);
+  void (*packed_tree_attention)(const PackedTreeAttentionParams&, const ThreadPool&);
+  void (*packed_tree_attention_backward)(const PackedTreeAttentionBackwardParams&, const ThreadPool&);
   void (*sample_children)(const SampleChildrenParams&, const ThreadPool&);
   void (*route)(const RouteParams&, const ThreadPool&);
 };

@@ -12,6 +12,8 @@
 
 namespace lbr::LBR_ISA {
 
+constexpr float kSlack = 8;  // what is summed up may grow to 2^kSlack before it is scaled down
+
 struct OnlineSoftmax {
   float top = -INFINITY;
   float sum = 0;

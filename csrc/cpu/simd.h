@@ -146,6 +146,25 @@ static inline void narrow(float x, Float16* out) {
   }
 }
 
+// Rounded to nearest, as narrow does.
+static inline void store(BFloat16* p, vfloat v) {
+  typedef uint32_t vuint __attribute__((vector_size(4 * kLanes)));
+  const vuint bits = (vuint)v, is_nan = (vuint)(v != v);
+  const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, quiet = (bits >> 16) | 0x40;
+  const vhalf halves = __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), vhalf);
+  std::memcpy(p, &halves, sizeof halves);
+}
+
+static inline void store(Float16* p, vfloat v) {
+#if defined(LBR_AVX512)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(LBR_AVX2)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) narrow(v[i], p + i);
+#endif
+}
+
 static inline vfloat fma(vfloat a, vfloat b, vfloat c) {
 #if defined(LBR_AVX512)
   return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

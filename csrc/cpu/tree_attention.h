@@ -16,7 +16,6 @@
 
 namespace lbr::LBR_ISA {
 
-constexpr float kSlack = 8;         // what is summed up may grow to 2^kSlack before it is scaled down
 constexpr int64_t kMinPiece = 256;  // slots in the shortest piece of a prefix
 constexpr int64_t kMaxPieces = 8;
 constexpr int64_t kPieceStep = 128;  // pieces are whole blocks for every type

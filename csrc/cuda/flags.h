@@ -12,6 +12,7 @@ enum Flag : int {
   kBadDraw = 1 << 4,        //   a uniform, a filter or an index of a row
   kBadScore = 1 << 5,       // route: a score is not finite; the row's choice is -1
   kBadCandidates = 1 << 6,  //   a row of `valid`, or a uniform
+  kBadTree = 1 << 7,        // packed_tree_attention: a subtree's end, or a pack's; the row's results are NaN
 };
 
 }  // namespace lbr::gpu

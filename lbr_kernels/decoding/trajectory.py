@@ -170,6 +170,7 @@ def fingerprint(module: nn.Module | None) -> str:
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters() if module is not None else ():
         flat = parameter.detach().reshape(-1)
-        samples = flat[:: max(1, flat.numel() // 16)][:16].float().cpu()
+        # A copy: numpy would hold on to the memory of a parameter that FSDP means to free.
+        samples = flat[:: max(1, flat.numel() // 16)][:16].float().cpu().clone()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + samples.numpy().tobytes())
     return digest.hexdigest()[:16] if module is not None else "none"

@@ -23,6 +23,7 @@ from lbr_kernels.ops._checks import FLOATING
 
 HALF = (torch.float16, torch.bfloat16)
 GPU_OPS = ("commit_", "route", "sample_children", "top_children", "tree_attention")
+TRITON_OPS = (*GPU_OPS, "packed_tree_attention", "packed_tree_attention_backward")
 OLDEST_GPU = (8, 0)
 
 
@@ -149,7 +150,7 @@ BACKENDS: dict[str, Backend] = {
             nearest="triton",
             load=_load_cuda,
         ),
-        Backend("triton", ops=frozenset(GPU_OPS), suffix="_triton", load=_load_triton),
+        Backend("triton", ops=frozenset(TRITON_OPS), suffix="_triton", load=_load_triton),
     )
 }
 

@@ -25,6 +25,7 @@ _MEANINGS = {
     16: "sample_children: a row's uniforms, filters or row_index were out of range; its tokens are -1",
     32: "route: a row had a score that is not finite; its choice is -1",
     64: "route: a row's valid named no tree with a candidate, or its uniform was out of range; its choice is -1",
+    128: "packed_tree_attention: a row's subtree_end or the cu_seqlens were out of range; its results are NaN",
 }
 
 _words: dict[torch.device, Tensor] = {}

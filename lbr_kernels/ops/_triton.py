@@ -16,6 +16,13 @@ from lbr_kernels.ops import _flags, _registry
 from lbr_kernels.ops._triton_support import interpreting
 from lbr_kernels.ops.commit import check_arguments as check_commit
 from lbr_kernels.ops.commit_triton import commit_triton
+from lbr_kernels.ops.packed_tree_attention import check_arguments as check_packed
+from lbr_kernels.ops.packed_tree_attention import check_backward_arguments as check_packed_backward
+from lbr_kernels.ops.packed_tree_attention import register_gradient
+from lbr_kernels.ops.packed_tree_attention_triton import (
+    packed_tree_attention_backward_triton,
+    packed_tree_attention_triton,
+)
 from lbr_kernels.ops.route import check_arguments as check_route
 from lbr_kernels.ops.route_triton import route_triton
 from lbr_kernels.ops.sample_children import check_sampling_arguments, check_top_arguments
@@ -30,6 +37,8 @@ KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
     "sample_children": (sample_children_triton, check_sampling_arguments),
     "top_children": (top_children_triton, check_top_arguments),
     "route": (route_triton, check_route),
+    "packed_tree_attention": (packed_tree_attention_triton, check_packed),
+    "packed_tree_attention_backward": (packed_tree_attention_backward_triton, check_packed_backward),
 }
 
 
@@ -43,6 +52,7 @@ def register() -> None:
         if interpreting():
             _registry.LIBRARY.impl(name, _checked(kernel, check), "CPU")
         torch.library.register_fake(f"lbr_kernels::{name}", _registry.FAKES[op], lib=_registry.LIBRARY)
+    register_gradient("packed_tree_attention_triton", torch.ops.lbr_kernels.packed_tree_attention_backward_triton)
 
 
 def _checked(kernel: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:

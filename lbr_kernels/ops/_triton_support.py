@@ -11,6 +11,7 @@ Import this file only where a Triton kernel is asked for: it needs ``triton``, w
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lbr_kernels.ops import _flags
+from lbr_kernels.ops._backends import OLDEST_GPU
 
 _BLOCK = 1 << 16  # counters that are allocated at a time
 _LINE = 32  # counters in 128 bytes, a line of the cache
@@ -102,3 +104,19 @@ def _cut(piece: _Piece, count: int) -> Tensor:
 def stride(tensor: Tensor, axis: int) -> int:
     """That of an axis of size 1 may be anything; 0 keeps it from asking for a kernel of its own."""
     return tensor.stride(axis) if tensor.shape[axis] > 1 else 0
+
+
+@functools.cache
+def multiprocessors_of(device: torch.device) -> int:
+    """How many a GPU has; 1 for a CPU that interprets."""
+    if device.type != "cuda":
+        return 1
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+@functools.cache
+def capability_of(device: torch.device) -> int:
+    """That of a GPU, as in ``sm_90``; the oldest for a CPU that interprets."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else OLDEST_GPU
+    return 10 * major + minor

@@ -149,6 +149,33 @@ def check_arguments(
     )
 
 
+def check_backward_arguments(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    subtree_end: Tensor,
+    *args: Any,
+    op: str = f"{OP}_backward",
+    **kwargs: Any,
+) -> None:
+    """The same for the gradient's op, which also takes what the forward gave and a gradient of its shape."""
+    check_arguments(query, key, value, subtree_end, *args, op=op, **kwargs)
+    check = Checker(op)
+    B, Hq, T, _ = query.shape
+    axes = (Axis("B", B), Axis("Hq", Hq), Axis("T", T))
+    for name, tensor in (("grad", grad), ("out", out)):
+        check.device(name, tensor, query.device)
+        check.shape(name, tensor, (*axes, Axis("Dv", value.shape[3])))
+        check.dtype(name, tensor, query.dtype)
+        if tensor.numel():  # an empty one is contiguous in torch's eyes, whatever its strides
+            check.last_contiguous(name, tensor)
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    check.side_input("lse", lse, lse_dtype, axes, query.device)
+
+
 def check_values(check: Checker, subtree_end: Tensor, cu_seqlens: Tensor | None) -> None:
     """The packs lie one behind the other, and no subtree leaves its own."""
     T = subtree_end.shape[1]
@@ -194,7 +221,7 @@ def packed_tree_attention_ref(
     visible = (node <= node[:, None]) & (node[:, None] < end[:, None, :])  # [1 or B, query, key]
     offset = None
     if positions is not None:
-        offset = positions[:, None, :] - positions[:, :, None]
+        offset = positions[:, None, :].long() - positions[:, :, None].long()  # any window can be compared with it
     if window is not None:
         assert offset is not None
         visible = visible & (-offset < window)
@@ -238,6 +265,8 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwarg
 def _fake_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_backward_arguments(grad, query, key, value, *args, **kwargs)
+
     def like(tensor: Tensor) -> Tensor:
         return tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2)
 
@@ -262,6 +291,11 @@ def packed_tree_attention_backward_ref(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; ``out`` and ``lse`` are what the forward gave, and serve the kernels."""
+    check_backward_arguments(
+        grad, query, key, value, out, lse, subtree_end, cu_seqlens, positions, sinks, alibi_slopes, scale, window,
+        softcap,
+    )  # fmt: skip
+    check_values(Checker(f"{OP}_backward"), subtree_end, cu_seqlens)
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
         again, _ = packed_tree_attention_ref(
@@ -274,10 +308,10 @@ def packed_tree_attention_backward_ref(
 def register_gradient(op: str, backward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
     """Make ``torch.ops.lbr_kernels.<op>`` differentiable; ``backward`` takes what the reference's takes."""
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Any = None) -> None:
         query, key, value, subtree_end, cu_seqlens, positions, sinks, alibi_slopes, *ctx.settings = inputs
         out, lse = output
-        ctx.keywords = keyword_only_inputs
+        ctx.keywords = keyword_only_inputs or {}
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(query, key, value, out, lse, subtree_end, cu_seqlens, positions, sinks, alibi_slopes)
 

@@ -28,7 +28,6 @@ of 2^(score - top), and of 2^(score - top) * value; the empty state is (-inf, 0,
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -38,29 +37,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbr_kernels.ops._triton_support import Launch, arrive, interpreting, stride
+from lbr_kernels.ops._triton_softmax import LN2, LOG2E, absorb, adjusted, multiply, rescale, with_sink
+from lbr_kernels.ops._triton_support import Launch, arrive, interpreting, multiprocessors_of, stride
 
 MAX_HEAD_SIZE = 256
 MAX_SPLITS = 128
 # A split costs its part of the merge, so it should have some blocks to read.
 MIN_BLOCKS_PER_SPLIT = 2
 
-_LOG2E = tl.constexpr(math.log2(math.e))
-_LN2 = tl.constexpr(math.log(2))
 _MIN_BLOCKS_PER_SPLIT = tl.constexpr(MIN_BLOCKS_PER_SPLIT)
-
-
-@triton.jit
-def _tanh(x):
-    # Near 0, where 1 - 2 / (e^2x + 1) cancels, an odd polynomial; the one of csrc/cpu/simd.h.
-    size = tl.abs(x)
-    wide = 1.0 - 2.0 / (tl.exp2(size * (2.0 * _LOG2E)) + 1.0)
-    square = x * x
-    p = -5.70498872745e-3 * square + 2.06390887954e-2
-    p = p * square - 5.37397155531e-2
-    p = p * square + 1.33314422036e-1
-    p = p * square - 3.33332819422e-1
-    return tl.where(square < 0.390625, p * square * x + x, tl.where(x < 0, -wide, wide))
 
 
 @triton.jit
@@ -113,55 +98,6 @@ def _either(a, b):
 
 
 @triton.jit
-def _rescale(old, new):
-    # 2^(old - new), and 0 for an empty state even if both are -inf.
-    return tl.exp2(old - tl.where(new == float("-inf"), 0.0, new))
-
-
-@triton.jit
-def _products(query, keys, UPCAST: tl.constexpr):
-    if UPCAST:
-        return tl.dot(query.to(tl.float32), tl.trans(keys.to(tl.float32)), input_precision="ieee")
-    return tl.dot(query, tl.trans(keys), input_precision="ieee")
-
-
-@triton.jit
-def _adjusted(products, offset, slope, inner, outer, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    # Products become scores in units of ln 2, in the order in which models apply these.
-    scores = products * inner
-    if HAS_SOFTCAP:
-        scores = outer * _tanh(scores)
-    if HAS_ALIBI:
-        scores += slope[:, None] * offset
-    return scores
-
-
-@triton.jit
-def _absorb(scores, factor, values, top, total, sums, UPCAST: tl.constexpr):
-    # The state of all rows takes in a block whose scores are `factor` >= 0 times what is given. A NaN may get lost in
-    # the maximum: it makes the total NaN.
-    new_top = tl.maximum(top, tl.max(scores, 1) * factor)
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores * factor - base[:, None])
-    keep = tl.exp2(top - base)
-    total = total * keep + tl.sum(weights, 1)
-    sums = sums * keep[:, None]
-    if UPCAST:
-        sums = tl.dot(weights, values.to(tl.float32), sums, input_precision="ieee")
-    else:
-        sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
-    return new_top, total, sums
-
-
-@triton.jit
-def _with_sink(top, total, sink):
-    # A sink is a score without a value; -inf where there is none. Also returns the factor of the sums.
-    new_top = tl.maximum(top, sink)
-    keep = _rescale(top, new_top)
-    return new_top, total * keep + _rescale(sink, new_top), keep
-
-
-@triton.jit
 def _store_sums(out, index, columns, stored, exists, bad, sums, total, VALUE_SIZE: tl.constexpr):
     # Rows past num_nodes took part in the dot products, with whatever came of it; they return zero.
     result = sums * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
@@ -176,7 +112,7 @@ def _store_sums(out, index, columns, stored, exists, bad, sums, total, VALUE_SIZ
 @triton.jit
 def _store_lse(lse, index, stored, exists, bad, top, total):
     empty = total == 0.0
-    log_sum = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * _LN2)
+    log_sum = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * LN2)
     tl.store(lse + index, tl.where(exists, log_sum, tl.where(bad, float("nan"), float("-inf"))), mask=stored)
 
 
@@ -307,7 +243,7 @@ def tree_attention_kernel(
     values_at = values + column.to(tl.int64)[:, None] * value_slot_stride + in_value[None, :]
     slope = tl.zeros([BLOCK_ROWS], tl.float32)
     if HAS_ALIBI:
-        slope = tl.load(alibi_slopes + q_head, mask=exists, other=0.0) * _LOG2E
+        slope = tl.load(alibi_slopes + q_head, mask=exists, other=0.0) * LOG2E
 
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -323,13 +259,13 @@ def tree_attention_kernel(
             v = tl.load(values_at + first * value_slot_stride)
         else:
             v = tl.load(values_at + first * value_slot_stride, mask=(in_value < VALUE_SIZE)[None, :], other=0.0)
-        products = _products(q, k, UPCAST)
+        products = multiply(q, k, UPCAST)
         if HAS_ALIBI or HAS_SOFTCAP:
             offset = (block * BLOCK_KEYS + column)[None, :] - position[:, None]
-            scores = _adjusted(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)
-            top, total, sums = _absorb(scores, 1.0, v, top, total, sums, UPCAST)
+            scores = adjusted(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)
+            top, total, sums = absorb(scores, 1.0, v, top, total, sums, UPCAST)
         else:
-            top, total, sums = _absorb(products, inner, v, top, total, sums, UPCAST)
+            top, total, sums = absorb(products, inner, v, top, total, sums, UPCAST)
 
     # What is left of [lo, hi): before the whole blocks where a window cuts, and after them. In smaller blocks, since
     # masks take registers.
@@ -361,7 +297,7 @@ def tree_attention_kernel(
         k = tl.load(
             cut_keys_at + first * key_slot_stride, mask=seen[:, None] & (in_head < HEAD_SIZE)[None, :], other=0.0
         )
-        products = _products(q, k, UPCAST)
+        products = multiply(q, k, UPCAST)
         visible = exists[:, None] & (in_prefix[None, :] | (in_tree[None, :] & _bit(bits[:, None], cut_column[None, :])))
         offset = tl.zeros([BLOCK_ROWS, CUT_KEYS], tl.int32)
         if HAS_POSITIONS:
@@ -370,7 +306,7 @@ def tree_attention_kernel(
             offset = key_position[None, :] - position[:, None]
         if HAS_WINDOW:
             visible = visible & (-offset < window)
-        scores = _adjusted(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)
+        scores = adjusted(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)
         scores = tl.where(visible, scores, float("-inf"))
         if HAS_WINDOW:
             # From the scores, whose layout this takes; `visible` would be computed in a second one.
@@ -378,15 +314,15 @@ def tree_attention_kernel(
         v = tl.load(
             cut_values_at + first * value_slot_stride, mask=seen[:, None] & (in_value < VALUE_SIZE)[None, :], other=0.0
         )
-        top, total, sums = _absorb(scores, 1.0, v, top, total, sums, UPCAST)
+        top, total, sums = absorb(scores, 1.0, v, top, total, sums, UPCAST)
 
     sink = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     if sinks is not None:
-        sink = tl.load(sinks + q_head, mask=exists, other=float("-inf")) * _LOG2E
+        sink = tl.load(sinks + q_head, mask=exists, other=float("-inf")) * LOG2E
     index = (b * Hk * group + q_head) * N + node
     stored = row < N * group
     if used == 1:
-        top, total, keep = _with_sink(top, total, sink)
+        top, total, keep = with_sink(top, total, sink)
         _store_sums(out, index, in_value, stored, exists, bad, sums * keep[:, None], total, VALUE_SIZE)
         _store_lse(lse, index, stored, exists, bad, top, total)
         if flag is not None:
@@ -422,12 +358,12 @@ def tree_attention_kernel(
                     its_total = tl.load(tops_at + its + BLOCK_ROWS, mask=exists, other=0.0, cache_modifier=".cg")
                     its_sums = tl.load(sums_at + its, mask=there, other=0.0, cache_modifier=".cg")
                     new_top = tl.maximum(all_top, its_top)
-                    keep = _rescale(all_top, new_top)
-                    add = _rescale(its_top, new_top)
+                    keep = rescale(all_top, new_top)
+                    add = rescale(its_top, new_top)
                     all_total = all_total * keep + its_total * add
                     all_sums = all_sums * keep[:, None] + its_sums * add[:, None]
                     all_top = new_top
-                all_top, all_total, keep = _with_sink(all_top, all_total, sink)
+                all_top, all_total, keep = with_sink(all_top, all_total, sink)
                 all_sums = all_sums * keep[:, None]
                 _store_sums(out, index, columns, stored, exists, bad, all_sums, all_total, VALUE_SIZE)
                 if piece == 0:
@@ -518,7 +454,7 @@ def tree_attention_triton(
     target = out.float() if interpreting() else out
     call = launch(
         query, key_cache, value_cache, prefix_lens, ancestors, target, lse, **features,
-        multiprocessors=_multiprocessors(query.device),
+        multiprocessors=multiprocessors_of(query.device),
     )  # fmt: skip
     call.run(query.device)
     return (out.copy_(target) if target is not out else out), lse
@@ -611,11 +547,3 @@ def launch(
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "maxnreg": blocks.registers}
     options["enable_fp_fusion"] = True  # later versions of Triton may no longer do so unasked
     return Launch(tree_attention_kernel, all_tiles * splits, arguments, options)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count

@@ -99,10 +99,11 @@ class PackedForward:
             dtype = torch.get_autocast_dtype(query.device.type)
         else:
             dtype = min((query.dtype, key.dtype, value.dtype), key=lambda dtype: torch.finfo(dtype).bits)
+        device = query.device  # layers may be spread over several
         out = ops.packed_tree_attention(
-            query.to(dtype), key.to(dtype), value.to(dtype), self.subtree_end, cu_seqlens=self.cu_seqlens,
-            positions=self.positions, scale=extras.scale, window=window, softcap=extras.softcap, sinks=extras.sinks,
-            backend=self.backend,
+            query.to(dtype), key.to(dtype), value.to(dtype), self.subtree_end.to(device),
+            cu_seqlens=self.cu_seqlens.to(device), positions=self.positions.to(device), scale=extras.scale,
+            window=window, softcap=extras.softcap, sinks=extras.sinks, backend=self.backend,
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out

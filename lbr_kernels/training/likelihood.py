@@ -117,6 +117,7 @@ def trajectory_log_probs(
         else:
             _say_once(inner, obstacle)
             states = forward_paths(model, packed, prompt_embeds=embeds)
+        packed = packed.to(states.body.device)
         node_log_probs, node_entropies = _nodes(trajectory, packed, states, chunk_size, entropies)
         router_log_probs, router_entropies = _decisions(
             trajectory, packed, states.hidden.detach() if detach_router_input else states.hidden, router, chunk_size,

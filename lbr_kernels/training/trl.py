@@ -8,9 +8,9 @@ Datasets, reward functions, advantages, callbacks, schedules, accumulation, eval
 - completions come from :func:`lbr_kernels.generate`; their trajectories travel with TRL's other tensors, rows first;
 - the loss is :func:`policy_loss` of :func:`trajectory_log_probs`, reduced as ``loss_type`` says ("dapo", "bnpo",
   "grpo" or "dr_grpo") over the same batches that TRL reduces over; at width 1 it is TRL's;
-- the router is a submodule of the policy, so that whatever accelerate does to the model (DDP, FSDP2, ZeRO) it does to
-  both; it has its own learning rate, and it is written beside the model, never into its weights: ``router/`` in every
-  checkpoint and on the Hub;
+- the router is a submodule of the policy, so that whatever accelerate does to the model it does to both; it has its own
+  learning rate, and it is written beside the model, never into its weights: ``router/`` in every checkpoint and on the
+  Hub;
 - a checkpoint appears under its name once it is whole, and holds what is needed to go on exactly, rollouts that are
   still in use included.
 
@@ -39,7 +39,6 @@ import trl
 from accelerate.logging import get_logger
 from packaging.version import Version
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
@@ -75,6 +74,7 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "use_adaptive_entropy": (False,),
     "off_policy_mask_threshold": (None,),
     "torch_compile": (False,),
+    "fsdp": (None, False, "", []),
     "ds3_gather_for_generation": (True,),
 }
 # What shapes the distribution that children are drawn from; training needs the model's own (paper, section 5).
@@ -166,8 +166,9 @@ class LBRGRPOTrainer(GRPOTrainer):
         self._recorded_once = self._saving = self._checked = False
         self._evaluation = (-1, 0)  # step, and how many batches of it have been decoded
         super().__init__(model, functions, config, **trainer)
-        if self.is_fsdp_enabled and self._dist.fsdp_version != 2:
-            raise ValueError(f"LBRGRPOTrainer: fsdp_version is {self._dist.fsdp_version}, expected 2")
+        if self.is_fsdp_enabled:
+            # The head is called apart from the norm that accelerate shards it with: backward finds freed parameters.
+            raise ValueError("LBRGRPOTrainer: accelerate runs FSDP, expected DDP")
         if self.aux_loss_enabled:
             raise ValueError("LBRGRPOTrainer: router_aux_loss_coef of the model is not 0, expected 0 in its config")
         if config.width > 1:
@@ -212,6 +213,8 @@ class LBRGRPOTrainer(GRPOTrainer):
         masks = [torch.ones_like(ids) for ids in prompts]
         padded = pad(prompts, padding_value=self._tokenizer.pad_token_id, padding_side="left")
         device, draws = self.accelerator.device, self._generator()
+        asked = copy.deepcopy(self.generation_config)
+        asked.update(num_return_sequences=repeats, return_dict_in_generate=True)
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -219,7 +222,6 @@ class LBRGRPOTrainer(GRPOTrainer):
                 gather_deepspeed3_params=True,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as policy,
-            self._unsharded(),
             torch.no_grad(),
             _evaluating(policy),
         ):
@@ -228,8 +230,7 @@ class LBRGRPOTrainer(GRPOTrainer):
                 policy,
                 padded.to(device),
                 attention_mask=pad(masks, padding_value=0, padding_side="left").to(device),
-                generation_config=self.generation_config,
-                num_return_sequences=repeats,
+                generation_config=asked,
                 width=config.width,
                 depth=config.depth,
                 router=self.router,
@@ -238,7 +239,6 @@ class LBRGRPOTrainer(GRPOTrainer):
                 generator=draws,
                 # Numbered over all processes: what a row draws does not depend on how many there are.
                 streams=torch.arange(rows) + rows * self.accelerator.process_index,
-                return_dict_in_generate=True,
             )
         assert isinstance(out, LBRGenerateOutput)
         assert out.trajectory is not None
@@ -278,23 +278,6 @@ class LBRGRPOTrainer(GRPOTrainer):
         words = np.random.SeedSequence([self.args.seed, *key]).generate_state(2)
         return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
-    @contextmanager
-    def _unsharded(self) -> Iterator[None]:
-        """Hold whole parameters under FSDP2, as processes decode for different numbers of steps and must not wait."""
-        shards = [m for m in self.model_wrapped.modules() if isinstance(m, FSDPModule)] if self.is_fsdp_enabled else []
-        for module in shards:
-            module.unshard()
-            module.set_reshard_after_forward(False, recurse=False)
-        try:
-            yield
-        finally:
-            for module in shards:
-                module.reshard()
-                # The root keeps its own parameters (embeddings, head, router) until backward: they are needed
-                # after the layers have been through.
-                again = module is not self.model and self.accelerator.state.fsdp_plugin.reshard_after_forward
-                module.set_reshard_after_forward(bool(again), recurse=False)
-
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         # The first log-probabilities that TRL asks for, if it does at all, are those of the behaviour.
         every = self.args.steps_per_generation * self.num_iterations
@@ -319,13 +302,12 @@ class LBRGRPOTrainer(GRPOTrainer):
     def _likelihood(self, model: nn.Module, trajectory: TreeTrajectory, **options: Any) -> TrajectoryLogProbs:
         """The likelihood as one forward of the policy, wrappers and all."""
         router = self.reference_router if options.pop("reference", False) else self.router
-        run = functools.partial(
+        run: Callable[[nn.Module], TrajectoryLogProbs] = functools.partial(
             trajectory_log_probs, router=router, trajectory=trajectory, backend=self._lbr.backend,
             detach_router_input=self._lbr.detach_router_input, allow_filters=self._lbr.allow_filters,
             on_policy=False, **options,
         )  # fmt: skip
-        log_probs: TrajectoryLogProbs = model(lbr_run=run)
-        return log_probs
+        return TrajectoryLogProbs(**model(lbr_run=lambda policy: dict(vars(run(policy)))))
 
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, *args: Any, batch_size: int | None = None, **kwargs: Any
@@ -497,8 +479,7 @@ class LBRGRPOTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # FSDP's own file holds all of the policy, the router included.
-        if self.router is not None and not self.is_fsdp_enabled:
+        if self.router is not None:
             saved = Router.from_pretrained(os.path.join(resume_from_checkpoint, ROUTER_FOLDER))
             self.router.load_state_dict(saved.state_dict())
 
@@ -604,7 +585,8 @@ def _checked(function: Any) -> Any:
 def _run_inside(model: nn.Module) -> None:
     """Let ``model(lbr_run=f)`` return ``f(model)``.
 
-    Several forwards of the policy's parts then are one forward for DDP, FSDP and ZeRO, whose bookkeeping is around it.
+    Several forwards of the policy's parts then are one forward for DDP and ZeRO, whose bookkeeping is around it;
+    they look for tensors in lists and dictionaries of what is returned.
     """
     forward = model.forward
 
