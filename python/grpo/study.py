@@ -309,7 +309,7 @@ def draw(path: Path) -> None:
     axes[1, 2].ticklabel_format(useOffset=False)
     low, high = axes[1, 2].get_ylim()
     axes[1, 2].set_ylim(min(low, 0.9 * high), high)  # what stays where it began shall look so
-    axes[0, 0].legend(loc="lower right")
+    axes[0, 0].legend(loc="best")
     axes[1, 3].legend(loc="lower right")
     seeds = len(arms[0].runs)
     figure.suptitle(f"{data['plan']['task']}: mean of {seeds} seeds, lowest to highest shaded")
