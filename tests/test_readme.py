@@ -31,7 +31,7 @@ def test_python_blocks_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: Words())
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: tiny_llama())
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
