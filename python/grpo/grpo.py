@@ -37,7 +37,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM
 
 from lbr_kernels import Router
-from lbr_kernels.training.loss import grpo_loss
+from lbr_kernels.training import grpo_loss
 
 HELD_OUT_SEED = 1000
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import lbr_kernels
 from lbr_kernels import LBRGenerateOutput, Router, TreeTrajectory
-from lbr_kernels.training.likelihood import trajectory_log_probs
+from lbr_kernels.training import trajectory_log_probs
 
 AT_ONCE = 16  # rows of one forward for entropies
 
