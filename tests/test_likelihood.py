@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,7 @@ from models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lbr_kernels import Router, generate
+from lbr_kernels.decoding.attention import LayerExtras
 from lbr_kernels.training import forward, memory
 from lbr_kernels.training import likelihood as likelihood_module
 from lbr_kernels.training.likelihood import trajectory_log_probs
@@ -335,12 +338,68 @@ def test_the_model_is_left_as_it_was_found(monkeypatch):
     untouched()
 
 
-def test_dropout_in_the_attention_is_refused():
-    model, router, trajectory = make("gpt2", 3, 1)
-    for block in model.transformer.h:
-        block.attn.attn_dropout.p = 0.1
+@pytest.mark.parametrize(("family", "where"), [("gpt2", "drop"), ("opt", "decoder")])
+def test_dropout_is_refused(family, where):
+    """Modules of dropout, and layers that have a share of it; in training mode only."""
+    model, router, trajectory = make(family, 3, 1)
     model.train()
+    with pytest.raises(ValueError, match=rf"trains with dropout 0\.1 \(.*{where}\), expected 0"):
+        trajectory_log_probs(model, router, trajectory)
+    trajectory_log_probs(model.eval(), router, trajectory)
+    attended = forward.PackedForward(None, None, None, [], None)
+    extras = LayerExtras(scale=None, window=None, softcap=None, sinks=None, dropout=0.1)
     with pytest.raises(ValueError, match=r"attention dropout 0\.1, expected 0"):
+        attended.attend(model, *[torch.zeros(1, 1, 1, 1)] * 3, extras)
+
+
+def test_wrappers_of_a_router():
+    model, router, trajectory = make()
+    compiled = torch.compile(router, backend="eager")
+    want = trajectory_log_probs(model, router, trajectory)
+    assert_near((trajectory_log_probs(model, compiled, trajectory).router_log_probs,), (want.router_log_probs,))
+
+
+def test_threads_share_a_model():
+    """Plain forwards and other likelihoods beside it see nothing of one."""
+    model, router, trajectory = make()
+    want = trajectory_log_probs(model, router, trajectory)
+    with torch.no_grad():
+        plain = model(input_ids=PROMPTS).logits
+    stop, failures = threading.Event(), []
+
+    def forwards():
+        while not stop.is_set():
+            with torch.no_grad():
+                logits = model(input_ids=PROMPTS).logits
+            if logits.shape != plain.shape or not torch.allclose(logits, plain, atol=1e-4):
+                failures.append(logits.shape)
+
+    other = threading.Thread(target=forwards)
+    other.start()
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            results = list(pool.map(lambda _: trajectory_log_probs(model, router, trajectory), range(8)))
+    finally:
+        stop.set()
+        other.join()
+    assert not failures
+    for result in results:
+        assert_near((result.node_log_probs,), (want.node_log_probs,))
+
+
+def test_a_full_memory_says_nothing_of_the_model(monkeypatch):
+    model, router, trajectory = make()
+    attend = forward.PackedForward.attend
+
+    def full(*_):
+        raise torch.OutOfMemoryError("once")
+
+    monkeypatch.setattr(forward.PackedForward, "attend", full)
+    with pytest.raises(ValueError, match="out of memory on cpu"):
+        trajectory_log_probs(model, router, trajectory)
+    monkeypatch.setattr(forward.PackedForward, "attend", attend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         trajectory_log_probs(model, router, trajectory)
 
 
@@ -370,6 +429,13 @@ def test_refused():
     refused("holds choice 7, expected less than its 3", choices=torch.full_like(trajectory.choices, 7))
     with pytest.raises(ValueError, match="0 rows of"):
         trajectory_log_probs(model, router, trajectory[0:0])
+    mask = trajectory.prompt_mask.clone()
+    mask[1] = False
+    refused("empty prompt in row 1", prompt_mask=mask)
+    refused("token 30, expected less than the vocabulary's 23", prompt_ids=torch.full_like(trajectory.prompt_ids, 30))
+    refused(r"num_committed \[1, 1, 1\] and", num_committed=torch.ones_like(trajectory.num_committed))
+    with pytest.raises(TypeError, match="router is a str"):
+        trajectory_log_probs(model, "router", trajectory)
     with pytest.raises(ValueError, match="chunk_size is 0"):
         trajectory_log_probs(model, router, trajectory, chunk_size=0)
     with pytest.raises(TypeError, match="trajectory is a dict"):

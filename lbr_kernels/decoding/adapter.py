@@ -17,7 +17,7 @@ import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -171,6 +171,21 @@ class ModelReport:
     prefix_length: int = 0
 
 
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def shell_of(module: _Module, **replaced: nn.Module) -> _Module:
+    """A module with the attributes and the parts of another, some of which are replaced, and its class's forward.
+
+    Nobody who uses the other one meanwhile sees a change.
+    """
+    shell = object.__new__(type(module))
+    shell.__dict__.update(module.__dict__)
+    shell.__dict__.pop("forward", None)
+    shell.__dict__["_modules"] = {**module._modules, **replaced}
+    return shell
+
+
 def check_model(model: PreTrainedModel) -> ModelReport:
     """Whether trees are exact on ``model``; once it passes, that holds for its dtype, device and attention.
 
@@ -185,7 +200,7 @@ def check_model(model: PreTrainedModel) -> ModelReport:
         return passed[key]
     training = [module for module in model.modules() if module.training]
     try:
-        report = _check(model.eval())
+        report = _check(shell_of(model.eval()))  # without the autocast that accelerate puts around a model's forward
     finally:
         for module in training:
             module.training = True

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
@@ -134,7 +135,8 @@ def generate(
     )  # fmt: skip
     if "past_key_values" in kwargs and CACHE_NAME not in kwargs:
         kwargs[CACHE_NAME] = kwargs.pop("past_key_values")  # the old name is good everywhere
-    wrapped, model = model, unwrapped(model)
+    wrapped: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    model = unwrapped(model)
     _check_keywords(model, kwargs)
     _check_settings(model, kwargs)
     _check_prompts(inputs, kwargs)
@@ -365,8 +367,9 @@ def _merge(config: LBRConfig | None, **given: Any) -> LBRConfig:
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
-    """The transformers model inside ``torch.compile``'s or PEFT's wrapper."""
-    model = getattr(model, "_orig_mod", model)
+    """The transformers model inside the wrappers of ``torch.compile``, PEFT and DDP."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):

@@ -101,9 +101,14 @@ class TreeTrajectory:
         """The same trajectory on another device."""
         return self._with({name: tensor.to(device) for name, tensor in self._tensors().items()})
 
-    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Self:
-        """The chosen rows, still padded to this trajectory's number of steps."""
-        index = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.choices.device)
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> Self:
+        """The chosen rows, still padded to this trajectory's number of steps; one row is a trajectory too."""
+        index: slice | Tensor
+        if isinstance(rows, slice):
+            index = rows
+        else:
+            index = torch.as_tensor(rows, device=self.choices.device).reshape(-1)
+            index = index if index.dtype == torch.bool else index.long()
         return self._with({name: tensor[index] for name, tensor in self._tensors().items()})
 
     def split(self, rows_each: int) -> list[Self]:

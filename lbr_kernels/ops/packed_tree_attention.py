@@ -70,6 +70,9 @@ def packed_tree_attention(
         RuntimeError: a shape, dtype, device, stride or (on the CPU) value is not as above.
     """
     if positions is None and (window is not None or alibi_slopes is not None):
+        check_arguments(query, key, value, subtree_end, cu_seqlens, None, sinks)
+        if query.device.type == "cpu":
+            check_values(Checker(OP), subtree_end, cu_seqlens)
         positions = node_positions(subtree_end, cu_seqlens)
     out, lse = _registry.call(
         OP, backend, query, query, key, value, subtree_end, cu_seqlens, positions, sinks, alibi_slopes, scale, window,
@@ -357,13 +360,19 @@ def register_gradient(op: str, backward: Callable[..., tuple[Tensor, Tensor, Ten
     def gradient(ctx: Any, grad: Tensor, lse_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, *rest = ctx.saved_tensors
         sinks = rest[3]
-        if grad.shape[-1] > 1 and grad.stride(-1) != 1:
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (grad, query, key, value)):
+            raise RuntimeError(
+                f"{OP}: the gradient of a kernel has none; backend 'reference' can be differentiated twice"
+            )
+        if grad.numel() == 0:
+            grad = torch.empty_like(out)  # an empty tensor stays as it is under contiguous()
+        elif grad.shape[-1] > 1 and grad.stride(-1) != 1:
             grad = grad.contiguous()
         grads = backward(grad, query, key, value, out, lse, *rest, *ctx.settings, **ctx.keywords)
         sinks_grad = None
         if sinks is not None and ctx.needs_input_grad[6]:
             # The sink's weight times what a value of zero would have changed.
-            weight = (sinks[:, None] - lse).exp()
+            weight = torch.where(lse == -torch.inf, 0, (sinks[:, None] - lse).exp())
             sinks_grad = -(weight * (grad * out).sum(-1, dtype=lse.dtype)).sum((0, 2)).to(sinks.dtype)
         return (*grads, None, None, None, sinks_grad, None, None, None, None)
 

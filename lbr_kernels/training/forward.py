@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,9 +28,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from lbr_kernels import ops
-from lbr_kernels.decoding.adapter import check_length, relative_error, rounding_tolerance, structural_reason
+from lbr_kernels.decoding.adapter import (
+    check_length,
+    relative_error,
+    rounding_tolerance,
+    shell_of,
+    structural_reason,
+)
 from lbr_kernels.decoding.attention import LayerExtras, configs_of, own_attention_name, tree_forward
 from lbr_kernels.decoding.cache import layer_window
+from lbr_kernels.training.memory import out_of_memory
 from lbr_kernels.training.packing import PackedTrees
 
 Head = Callable[[Tensor], Tensor]
@@ -206,12 +214,17 @@ def _call(model: nn.Module, inner: PreTrainedModel, inputs: dict[str, Tensor], *
     into_head: list[Tensor] = []
     out_of: dict[str, list[Any]] = {name: [] for name in _bodies(inner)}
 
-    def before_head(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    caller = threading.get_ident()  # a forward of the same model by another thread is not this one
+
+    def before_head(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if threading.get_ident() != caller:
+            return None
         into_head.append(args[0])
         return (args[0][:1, :1], *args[1:])
 
     def after(seen: list[Any], _: nn.Module, args: Any, output: Any) -> None:
-        seen.append(output)
+        if threading.get_ident() == caller:
+            seen.append(output)
 
     handles = [head.register_forward_pre_hook(before_head)]
     try:
@@ -260,18 +273,6 @@ class _Result(nn.Module):
         return self.output
 
 
-_Module = TypeVar("_Module", bound=nn.Module)
-
-
-def _shell(module: _Module, **replaced: nn.Module) -> _Module:
-    """A module with the attributes and the parts of another, some of which are replaced, and its class's forward."""
-    shell = object.__new__(type(module))
-    shell.__dict__.update(module.__dict__)
-    shell.__dict__.pop("forward", None)
-    shell.__dict__["_modules"] = {**module._modules, **replaced}
-    return shell
-
-
 def _logits(inner: PreTrainedModel, body: str, output_type: type, states: Tensor) -> Tensor:
     """``[n, V]`` for the body's ``[n, D]``, by the model's own forward.
 
@@ -280,10 +281,10 @@ def _logits(inner: PreTrainedModel, body: str, output_type: type, states: Tensor
     *outer, name = body.split(".")
     part: nn.Module = _Result(output_type(last_hidden_state=states[None]))
     while outer:
-        part = _shell(inner.get_submodule(".".join(outer)), **{name: part})
+        part = shell_of(inner.get_submodule(".".join(outer)), **{name: part})
         name = outer.pop()
     tokens = torch.zeros((1, len(states)), dtype=torch.int64, device=states.device)
-    logits: Tensor = type(inner).forward(_shell(inner, **{name: part}), input_ids=tokens, **_arguments(inner)).logits
+    logits: Tensor = type(inner).forward(shell_of(inner, **{name: part}), input_ids=tokens, **_arguments(inner)).logits
     return logits[0]
 
 
@@ -361,7 +362,7 @@ def packing_obstacle(inner: PreTrainedModel) -> str | None:
 
 @torch.no_grad()
 def _find_obstacle(inner: PreTrainedModel) -> str | None:
-    inner = _shell(inner)  # without the autocast that accelerate puts around a model's forward
+    inner = shell_of(inner)  # without the autocast that accelerate puts around a model's forward
     if (reason := structural_reason(inner)) is not None:
         return reason
     try:
@@ -371,6 +372,8 @@ def _find_obstacle(inner: PreTrainedModel) -> str | None:
             in_trees = forward_packed(inner, packed, prompt_embeds=None, backend=None).hidden
             error = relative_error(in_trees, forward_paths(inner, packed, prompt_embeds=None).hidden)
     except Exception as error_:  # a model's own code can fail in any way, and each is a reason
+        if out_of_memory(error_):
+            raise  # which is not the model's doing
         return f"a forward over packed trees failed ({type(error_).__name__}: {error_})"
     if not error <= allowed:
         return f"packed trees differ from plain forwards: relative error {error:.1e}, where {allowed:.1e} is rounding"

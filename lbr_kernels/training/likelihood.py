@@ -102,6 +102,7 @@ def trajectory_log_probs(
     """
     inner = inner_model(model)
     _check_trajectory(inner, router, trajectory, allow_filters=allow_filters, on_policy=on_policy)
+    _check_dropout(inner)
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"trajectory_log_probs: chunk_size is {chunk_size!r}, expected an integer >= 1")
     device = inner.device
@@ -110,8 +111,8 @@ def trajectory_log_probs(
     embeds = trajectory.prompt_embeds
     if embeds is not None:
         embeds = embeds.to(device)[trajectory.prompt_mask.to(device)]
-    obstacle = packing_obstacle(inner)
     with require_memory(inner, packed, rows=len(trajectory)):
+        obstacle = packing_obstacle(inner)
         if obstacle is None:
             states = forward_packed(model, packed, prompt_embeds=embeds, backend=backend)
         else:
@@ -241,6 +242,9 @@ def _check_trajectory(
 ) -> None:
     """Refuse what was not drawn by this model and this router, or has no likelihood."""
     name = "trajectory_log_probs"
+    if router is not None and not isinstance(router, nn.Module):
+        raise TypeError(f"{name}: router is a {type(router).__name__}, expected a Router or None")
+    router = _inner_router(router)
     if not isinstance(trajectory, TreeTrajectory):
         raise TypeError(f"{name}: trajectory is a {type(trajectory).__name__}, expected a TreeTrajectory")
     settings = trajectory.settings
@@ -268,7 +272,18 @@ def _check_trajectory(
             f"{name}: trajectory was drawn with {filters}, expected none of it (generate: temperature=1.0, top_k=0, "
             "top_p=1.0), or allow_filters=True"
         )
-    largest = int(trajectory.node_tokens.max())
+    if bool((trajectory.prompt_mask.sum(1) == 0).any()):
+        row = int((trajectory.prompt_mask.sum(1) == 0).nonzero()[0])
+        raise ValueError(f"{name}: trajectory has an empty prompt in row {row}, expected at least one token")
+    made = (trajectory.choices >= 0).sum(1)
+    if not torch.equal(made, trajectory.num_committed) or int(made.min()) < 1:
+        raise ValueError(
+            f"{name}: trajectory has num_committed {trajectory.num_committed.tolist()} and {made.tolist()} choices, "
+            "expected as many, one at least"
+        )
+    largest = max(
+        int(trajectory.node_tokens.max()), int(trajectory.prompt_ids.max()) if trajectory.prompt_ids.numel() else 0
+    )
     vocabulary = inner.get_output_embeddings().weight.shape[0]
     if largest >= vocabulary:
         raise ValueError(f"{name}: trajectory holds token {largest}, expected less than the vocabulary's {vocabulary}")
@@ -294,6 +309,27 @@ def _check_trajectory(
                     f"{name}: trajectory was drawn by a {what} with fingerprint {drawn_by}, this one has {found}; "
                     "on_policy=False takes trajectories from before an update"
                 )
+
+
+def _inner_router(router: nn.Module | None) -> nn.Module | None:
+    """The router inside the wrappers of DDP and ``torch.compile``."""
+    found: Any = router
+    while not isinstance(found, Router) and (hasattr(found, "module") or hasattr(found, "_orig_mod")):
+        found = found.module if hasattr(found, "module") else found._orig_mod
+    assert found is None or isinstance(found, nn.Module)
+    return found
+
+
+def _check_dropout(inner: PreTrainedModel) -> None:
+    """A network that is drawn anew in every forward gives a trajectory no likelihood."""
+    for path, module in inner.named_modules():
+        names = ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else ("dropout", "attention_dropout")
+        shares = [share for name in names if isinstance(share := getattr(module, name, 0.0), float)]
+        if module.training and (share := max(shares, default=0.0)) > 0:
+            raise ValueError(
+                f"trajectory_log_probs: the model trains with dropout {share:g} ({path}), expected 0: under it a "
+                "trajectory has no likelihood; call model.eval(), which keeps gradients, or set it to 0"
+            )
 
 
 def _check_positions(inner: PreTrainedModel, packed: PackedTrees) -> None:

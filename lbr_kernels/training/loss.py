@@ -86,7 +86,7 @@ def group_advantages(
     Raises:
         ValueError: no rewards, a reward that is NaN or infinite, or rewards that do not divide into groups.
     """
-    values = torch.as_tensor(rewards)
+    values = torch.as_tensor(rewards, dtype=torch.float64)
     if values.dim() != 1 or not len(values):
         raise ValueError(f"group_advantages: rewards has shape {list(values.shape)}, expected [rows] with rows >= 1")
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:

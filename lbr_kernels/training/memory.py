@@ -29,10 +29,14 @@ def require_memory(inner: PreTrainedModel, packed: PackedTrees, *, rows: int) ->
     try:
         yield
     except RuntimeError as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-        if not out_of_memory:
+        if not out_of_memory(error):
             raise
         raise ValueError(f"trajectory_log_probs: out of memory on {inner.device}: {size}; {advice}") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that a device, or the host, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def least_bytes(inner: PreTrainedModel, nodes: int) -> int:
