@@ -37,12 +37,14 @@ format: $(VENV)/.lint  ## Put all sources into shape.
 # The kernels are built again with the sanitizers' checks; their runtimes have to be in the process from the start.
 SANITIZED = LBR_KERNELS_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)"
-KERNEL_TESTS = $(addprefix tests/test_,tree_attention.py packed_tree_attention.py commit.py sample_children.py route.py linear.py bad_input.py)
+KERNEL_TESTS = $(addprefix tests/test_,tree_attention.py commit.py sample_children.py route.py linear.py bad_input.py)
 CUDA_TESTS = $(addprefix tests/test_,tree_attention.py tree_attention_cuda.py commit.py commit_cuda.py sample_children.py sample_children_cuda.py route.py route_cuda.py simt.py)
 
 test-sanitize: $(VENV)/.test  ## The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer; 1, 2, 4 threads.
 	set -e; for threads in 1 2 4; do OMP_NUM_THREADS=$$threads $(SANITIZED) \
 		$(BIN)/pytest -q --capture=sys $(KERNEL_TESTS) -k "not simt and not triton and not never_drawn"; done
+	OMP_NUM_THREADS=2 $(SANITIZED) $(BIN)/pytest -q --capture=sys tests/test_packed_tree_attention.py \
+		-k "cpu-avx and not compiles and not any_shape and not long"
 	$(SANITIZED) $(BIN)/pytest -q -n $(JOBS) --capture=sys $(CUDA_TESTS) -k "(simt or cuda) and not triton" --simt-seed=1
 
 test-full: test test-sanitize gpu-check  ## All of it: other schedules of the CUDA kernels too; 80 minutes at most.
