@@ -278,6 +278,7 @@ def test_compiled():
 
 def test_accelerates_wrapper():
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)  # other tests' trainers have left theirs
     model, router, trajectory = make("llama", 3, 2)
     exact = trajectory_log_probs(model, router, trajectory)
     prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(copy.deepcopy(model))

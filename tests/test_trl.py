@@ -22,6 +22,8 @@ pytest.importorskip("trl", reason="TRL is not installed")
 
 import transformers
 import trl
+from accelerate import DistributedType
+from torch.distributed.fsdp import StateDictType
 from transformers import AutoModelForCausalLM, Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl_support import (
@@ -353,11 +355,29 @@ def test_refused(tmp_path, change, message):
         trainer(tmp_path, **change)
 
 
-def test_sharding_is_refused(tmp_path):
-    args = config(tmp_path)
-    args.fsdp = True  # transformers takes it in a distributed run only
-    with pytest.raises(ValueError, match="fsdp is True, expected None or False"):
-        LBRGRPOTrainer(tiny_policy(), None, share_of_good, args, train_dataset=prompts())
+@pytest.mark.parametrize(
+    ("runs", "version", "kind", "message"),
+    [
+        (DistributedType.MULTI_CPU, 2, "FULL", "fsdp is asked for, and accelerate runs MULTI_CPU"),
+        (DistributedType.FSDP, 1, "FULL", "fsdp_version is 1, expected 2"),
+        (DistributedType.FSDP, 2, "SHARDED", "fsdp_state_dict_type is SHARDED_STATE_DICT, expected FULL_STATE_DICT"),
+    ],
+)
+def test_sharding_that_is_refused(tmp_path, runs, version, kind, message):
+    made = trainer(tmp_path)
+    plugin = SimpleNamespace(fsdp_version=version, state_dict_type=StateDictType[f"{kind}_STATE_DICT"])
+    made.accelerator = SimpleNamespace(distributed_type=runs, state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(ValueError, match=message):
+        made._allow_sharding()
+
+
+def test_no_sharding_where_trees_cannot_be_packed(tmp_path, monkeypatch):
+    made = trainer(tmp_path)
+    monkeypatch.setattr(module, "packing_obstacle", lambda inner: "its layers are recurrent")
+    made._check(made.model)
+    made._checked, made.is_fsdp_enabled = False, True
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM cannot train under FSDP, since its layers are recurrent"):
+        made._check(made.model)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -3,25 +3,29 @@
 As a program it trains in a process of its own, to be killed or to be one of several:
 ``python tests/trl_support.py OPTIONS``, where OPTIONS is JSON: ``args`` for the configuration, ``model`` changes,
 ``resume``, ``log`` (where the history is written), ``calls`` (where each process writes how often its rollouts called
-the model), ``save`` (where the model goes), ``pause`` (a step at whose end it waits to be killed, after ``sign``).
+the model), ``save`` (where the model goes), ``pause`` (a step at whose end it waits to be killed, after ``sign``),
+``chunk_size`` of the likelihood, ``again`` (options of a second run in the same processes, which have cost most).
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from datasets import Dataset
 from models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from lbr_kernels import Router
+from lbr_kernels import Router, generate
 from lbr_kernels.training import trl as module
+from lbr_kernels.training.likelihood import trajectory_log_probs
 from lbr_kernels.training.trl import LBRGRPOConfig, LBRGRPOTrainer
 
 WORDS = ["[PAD]", "[EOS]", *(f"w{index}" for index in range(38))]
@@ -113,11 +117,39 @@ class Pause(TrainerCallback):
             time.sleep(600)
 
 
+def allow_fsdp_on_cpus() -> None:
+    """For these tests only: let accelerate shard on CPUs.
+
+    It falls back to DDP there, in silence, though torch's ``fully_shard`` works on them.
+    """
+    state = accelerate.state.AcceleratorState
+    original = state.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")
+        if plugin is not None and self.distributed_type == accelerate.DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = accelerate.DistributedType.FSDP, plugin
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
+
+    state.__init__ = init
+
+
 def main(options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    allow_fsdp_on_cpus()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if "chunk_size" in options:
+        module.trajectory_log_probs = functools.partial(trajectory_log_probs, chunk_size=options["chunk_size"])
+    train(options)
+    if "again" in options:
+        train(options["again"])
+
+
+def train(options: dict[str, Any]) -> None:
     made = trainer(options["args"].pop("output_dir"), policy=options.get("model"), **options["args"])
-    decode, calls = module.generate, []
+    decode, calls = generate, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         out = decode(*args, **kwargs)

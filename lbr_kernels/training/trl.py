@@ -8,9 +8,9 @@ Datasets, reward functions, advantages, callbacks, schedules, accumulation, eval
 - completions come from :func:`lbr_kernels.generate`; their trajectories travel with TRL's other tensors, rows first;
 - the loss is :func:`policy_loss` of :func:`trajectory_log_probs`, reduced as ``loss_type`` says ("dapo", "bnpo",
   "grpo" or "dr_grpo") over the same batches that TRL reduces over; at width 1 it is TRL's;
-- the router is a submodule of the policy, so that whatever accelerate does to the model it does to both; it has its own
-  learning rate, and it is written beside the model, never into its weights: ``router/`` in every checkpoint and on the
-  Hub;
+- the router is a submodule of the policy, so that whatever accelerate does to the model (DDP, FSDP2) it does to both;
+  it has its own learning rate, and it is written beside the model, never into its weights: ``router/`` in every
+  checkpoint and on the Hub;
 - a checkpoint appears under its name once it is whole, and holds what is needed to go on exactly, rollouts that are
   still in use included.
 
@@ -36,9 +36,11 @@ from typing import Any
 import numpy as np
 import torch
 import trl
+from accelerate import DistributedType
 from accelerate.logging import get_logger
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, StateDictType
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
@@ -74,7 +76,6 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "use_adaptive_entropy": (False,),
     "off_policy_mask_threshold": (None,),
     "torch_compile": (False,),
-    "fsdp": (None, False, "", []),
     "ds3_gather_for_generation": (True,),
 }
 # What shapes the distribution that children are drawn from; training needs the model's own (paper, section 5).
@@ -166,9 +167,8 @@ class LBRGRPOTrainer(GRPOTrainer):
         self._recorded_once = self._saving = self._checked = False
         self._evaluation = (-1, 0)  # step, and how many batches of it have been decoded
         super().__init__(model, functions, config, **trainer)
-        if self.is_fsdp_enabled:
-            # The head is called apart from the norm that accelerate shards it with: backward finds freed parameters.
-            raise ValueError("LBRGRPOTrainer: accelerate runs FSDP, expected DDP")
+        if config.fsdp or self.is_fsdp_enabled:
+            self._allow_sharding()
         if self.aux_loss_enabled:
             raise ValueError("LBRGRPOTrainer: router_aux_loss_coef of the model is not 0, expected 0 in its config")
         if config.width > 1:
@@ -178,6 +178,32 @@ class LBRGRPOTrainer(GRPOTrainer):
             if policy is not None:
                 _run_inside(policy)
         self._forward = self.model.forward  # without accelerate's autocast
+
+    def _allow_sharding(self) -> None:
+        """Have accelerate shard in a way that the likelihood can be computed with, or refuse."""
+        accelerator = self.accelerator
+        if accelerator.distributed_type != DistributedType.FSDP:  # it says nothing when it cannot
+            raise ValueError(
+                f"LBRGRPOTrainer: fsdp is asked for, and accelerate runs {accelerator.distributed_type.value}, which "
+                "shards nothing; expected GPUs, or no fsdp"
+            )
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"LBRGRPOTrainer: fsdp_version is {plugin.fsdp_version}, expected 2")
+        if plugin.state_dict_type != StateDictType.FULL_STATE_DICT:  # of others no model and no router is written
+            raise ValueError(
+                f"LBRGRPOTrainer: fsdp_state_dict_type is {plugin.state_dict_type.name}, expected FULL_STATE_DICT"
+            )
+        prepare = accelerator.prepare
+
+        def with_head_in_root(*args: Any, **kwargs: Any) -> Any:
+            with _head_in_root([module for module in args if isinstance(module, nn.Module)]):
+                return prepare(*args, **kwargs)
+
+        accelerator.prepare = with_head_in_root
+        if isinstance(self.ref_model, FSDPModule):
+            # TRL makes it one unit, with the head. It stays whole until _likelihood is done with it.
+            self.ref_model.set_reshard_after_forward(False)
 
     def _attach(self, router: Router | None) -> Router:
         """Make the router a part of the policy, behind TRL's preparation of it: PEFT shall not adapt the router."""
@@ -222,6 +248,7 @@ class LBRGRPOTrainer(GRPOTrainer):
                 gather_deepspeed3_params=True,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as policy,
+            self._unsharded(),
             torch.no_grad(),
             _evaluating(policy),
         ):
@@ -263,9 +290,12 @@ class LBRGRPOTrainer(GRPOTrainer):
         wrapped, policy.forward = policy.forward, self._forward
         try:
             check_model(inner)
-            packing_obstacle(inner)
+            obstacle = packing_obstacle(inner)
         finally:
             policy.forward = wrapped
+        if obstacle is not None and self.is_fsdp_enabled:
+            # Path by path, processes call the layers in different numbers, and each call waits for all processes.
+            raise ValueError(f"LBRGRPOTrainer: {type(inner).__name__} cannot train under FSDP, since {obstacle}")
 
     def _generator(self) -> torch.Generator:
         """The source of this rollout's draws: of the run's seed and the step alone, so that resuming draws the same."""
@@ -277,6 +307,29 @@ class LBRGRPOTrainer(GRPOTrainer):
             key = [1, *self._evaluation]
         words = np.random.SeedSequence([self.args.seed, *key]).generate_state(2)
         return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+
+    @contextmanager
+    def _unsharded(self) -> Iterator[None]:
+        """Hold whole parameters under FSDP2: processes decode for different numbers of steps and must not wait."""
+        if not self.is_fsdp_enabled:
+            yield
+            return
+        # Else the first part that is called by itself (the checks do, on what PEFT wraps) takes itself for the root.
+        self.model_wrapped._get_fsdp_state()._lazy_init()
+        shards = [module for module in self.model_wrapped.modules() if isinstance(module, FSDPModule)]
+        groups = {group for module in shards for group in module._get_fsdp_state()._fsdp_param_groups}
+        kept = {group: group.post_forward_mesh_info for group in groups}
+        for module in shards:
+            module.unshard()
+        for group in groups:
+            group.post_forward_mesh_info = None  # not resharded after a forward
+        try:
+            yield
+        finally:
+            for group, mesh in kept.items():
+                group.post_forward_mesh_info = mesh
+            for module in shards:
+                module.reshard()
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         # The first log-probabilities that TRL asks for, if it does at all, are those of the behaviour.
@@ -307,7 +360,10 @@ class LBRGRPOTrainer(GRPOTrainer):
             detach_router_input=self._lbr.detach_router_input, allow_filters=self._lbr.allow_filters,
             on_policy=False, **options,
         )  # fmt: skip
-        return TrajectoryLogProbs(**model(lbr_run=lambda policy: dict(vars(run(policy)))))
+        result = TrajectoryLogProbs(**model(lbr_run=lambda policy: dict(vars(run(policy)))))
+        if model is self.ref_model and isinstance(model, FSDPModule):
+            model.reshard()
+        return result
 
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, *args: Any, batch_size: int | None = None, **kwargs: Any
@@ -479,7 +535,8 @@ class LBRGRPOTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.router is not None:
+        # FSDP's own file holds all of the policy, the router included, and what is here are shards.
+        if self.router is not None and not self.is_fsdp_enabled:
             saved = Router.from_pretrained(os.path.join(resume_from_checkpoint, ROUTER_FOLDER))
             self.router.load_state_dict(saved.state_dict())
 
@@ -585,7 +642,7 @@ def _checked(function: Any) -> Any:
 def _run_inside(model: nn.Module) -> None:
     """Let ``model(lbr_run=f)`` return ``f(model)``.
 
-    Several forwards of the policy's parts then are one forward for DDP and ZeRO, whose bookkeeping is around it;
+    Several forwards of the policy's parts then are one forward for DDP, FSDP2 and ZeRO, whose bookkeeping is around it;
     they look for tensors in lists and dictionaries of what is returned.
     """
     forward = model.forward
@@ -595,6 +652,35 @@ def _run_inside(model: nn.Module) -> None:
         return forward(*args, **kwargs) if lbr_run is None else lbr_run(self)
 
     model.forward = MethodType(either, model)
+
+
+@contextmanager
+def _head_in_root(models: list[Any]) -> Iterator[None]:
+    """Let accelerate leave the output head, and the embeddings tied to it, to FSDP2's root unit.
+
+    It would make one unit of the final norm and the head, for a forward that calls each of them once. The likelihood
+    calls the head once per chunk of rows, by itself and again in the backward pass, in numbers that differ between
+    processes: the unit's hooks then gather, reduce and free its parameters at the wrong time, and not equally often.
+    The root's parameters are whole from the beginning of the forward, in which all of the likelihood is
+    (:func:`_run_inside`), until the backward pass is over, and its hooks are not around the head. accelerate finds the
+    head by the model's ``get_output_embeddings``, which here says that there is none.
+    """
+    hidden: list[tuple[Any, str]] = []
+    try:
+        for model in models:
+            if not hasattr(model, "get_output_embeddings"):
+                continue
+            head, embeddings = (
+                getattr(part, "weight", None) for part in (model.get_output_embeddings(), model.get_input_embeddings())
+            )
+            tied = head is not None and head is embeddings
+            for name in ("get_output_embeddings", *(["get_input_embeddings"] if tied else [])):
+                model.__dict__[name] = lambda: None
+                hidden.append((model, name))
+        yield
+    finally:
+        for model, name in hidden:
+            del model.__dict__[name]
 
 
 def _adapters_off(model: nn.Module) -> bool:
