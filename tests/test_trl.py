@@ -445,6 +445,17 @@ def test_killed_and_resumed(tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").glob("*")) == ["README.md", "checkpoint-6", "checkpoint-7"]
 
 
+@pytest.mark.parametrize("step", [2, 3])
+def test_resumed_at_the_end_of_an_epoch(tmp_path, step):
+    """Two steps are an epoch: each has an order of its own, which a run that begins there knows too."""
+    settings = {"per_device_train_batch_size": 16, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    whole = trainer(tmp_path, **settings)
+    whole.train()
+    resumed = trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert history(resumed) == history(whole)
+
+
 class Interrupted(BaseException):
     """As KeyboardInterrupt: no handler of exceptions stops it."""
 

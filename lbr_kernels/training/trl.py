@@ -331,6 +331,9 @@ class LBRGRPOTrainer(GRPOTrainer):
             for module in shards:
                 module.reshard()
 
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return _ordered_by_epoch(super()._get_train_sampler(dataset))
+
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         # The first log-probabilities that TRL asks for, if it does at all, are those of the behaviour.
         every = self.args.steps_per_generation * self.num_iterations
@@ -652,6 +655,23 @@ def _run_inside(model: nn.Module) -> None:
         return forward(*args, **kwargs) if lbr_run is None else lbr_run(self)
 
     model.forward = MethodType(either, model)
+
+
+def _ordered_by_epoch(sampler: Any) -> Any:
+    """TRL's sampler, whose order of an epoch depends on which one it is.
+
+    It draws one order after the other, and a run that is resumed has not drawn those of the epochs before; the orders
+    are the same.
+    """
+    if sampler.shuffle:
+
+        def set_epoch(epoch: int) -> None:
+            sampler.generator.manual_seed(sampler.seed)
+            for _ in range(epoch):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+        sampler.set_epoch = set_epoch
+    return sampler
 
 
 @contextmanager
