@@ -20,11 +20,19 @@ transformers.logging.set_verbosity_error()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also what only `make test-full` runs: more of the same kind")
     parser.addoption("--simt-seed", type=int, default=0, help="of the schedules that the CUDA kernels meet on the CPU")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     simt_backend.SEED = config.getoption("--simt-seed")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full") is not None]
+        items[:] = [item for item in items if item.get_closest_marker("full") is None]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(autouse=True)

@@ -156,10 +156,15 @@ def test_defaults_are_the_paper_s():
     "change",
     [
         {"loss_type": "dapo", "gradient_accumulation_steps": 2},
-        {"loss_type": "bnpo", "gradient_accumulation_steps": 2, "mask_truncated_completions": True},
         {"loss_type": "grpo", "num_iterations": 2, "beta": 0.1},
-        {"loss_type": "dr_grpo", "steps_per_generation": 2, "epsilon_high": 0.3, "scale_rewards": "batch"},
-        {"loss_type": "dapo", "steps_per_generation": 4, "gradient_accumulation_steps": 2, "entropy_coef": 0.0},
+        *(
+            pytest.param(more, marks=pytest.mark.full)
+            for more in (
+                {"loss_type": "bnpo", "gradient_accumulation_steps": 2, "mask_truncated_completions": True},
+                {"loss_type": "dr_grpo", "steps_per_generation": 2, "epsilon_high": 0.3, "scale_rewards": "batch"},
+                {"loss_type": "dapo", "steps_per_generation": 4, "gradient_accumulation_steps": 2, "entropy_coef": 0.0},
+            )
+        ),
     ],
     ids=str,
 )
