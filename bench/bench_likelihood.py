@@ -34,7 +34,8 @@ def bench_likelihood(benchmark: BenchmarkFixture, request: pytest.FixtureRequest
     torch.manual_seed(0)
     model = small_model()
     router = Router.for_model(model)
-    torch.nn.init.normal_(router.score.weight)  # type: ignore[arg-type]
+    for parameter in router.score.parameters():
+        torch.nn.init.normal_(parameter)
     trajectory = random_trajectory(model, prompt=PROMPT, steps=steps, width=width, depth=1)
     parameters = [*model.parameters(), *router.parameters()]
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch._inductor.config
 from compare import Cost, Work, compare
+from gpu_packed import trajectory
 from pytest_benchmark.fixture import BenchmarkFixture
 from roof import Meter
 from torch import Tensor
@@ -30,16 +31,10 @@ HEADS = [("14/2", 64), ("8/8", 32), ("8/8", 64), ("8/8", 128)]
 QUICK = ("8/8", 32, 1, 1536, torch.float32)
 
 
-def trajectory(nodes: int, depth: int) -> Tensor:
-    """Subtree ends, int32 ``[1, nodes]``, of a trajectory in DFS order: side branches come before what goes on."""
-    branch = [1] if depth == 1 else [1 + WIDTH, *[1] * WIDTH]  # sizes of the subtrees of a branch's nodes
-    ends = [nodes] * PROMPT
-    while len(ends) < nodes:
-        for _ in range(WIDTH - 1):
-            first = len(ends)
-            ends += [min(nodes, first + i + size) for i, size in enumerate(branch)]
-        ends.append(nodes)
-    return torch.tensor([ends[:nodes]], dtype=torch.int32)
+def prompted(nodes: int, depth: int) -> Tensor:
+    """Subtree ends, int32 ``[1, about nodes]``, of a trajectory behind a prompt."""
+    ends = trajectory((nodes - PROMPT) // WIDTH**depth, WIDTH, depth) + PROMPT
+    return torch.cat([torch.full((PROMPT,), int(ends.max())), ends])[None].int()
 
 
 @pytest.mark.parametrize(
@@ -64,11 +59,12 @@ def bench_packed_tree_attention(
     dtype: torch.dtype,
 ) -> None:
     q_heads, kv_heads = map(int, heads.split("/"))
+    ends = prompted(nodes, depth)
+    nodes = ends.shape[1]
     query, key, value = (
         torch.randn(1, count, nodes, dim).to(dtype).requires_grad_() for count in (q_heads, kv_heads, kv_heads)
     )
     grad = torch.randn(1, q_heads, nodes, dim).to(dtype)
-    ends = trajectory(nodes, depth)
     node = torch.arange(nodes)
     mask = (node <= node[:, None]) & (node[:, None] < ends[0])
 

@@ -11,8 +11,6 @@ bytes, operations, the share of the machine's roof, the machine and the versions
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +19,10 @@ from itertools import count
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from pytest_benchmark.fixture import BenchmarkFixture
 from roof import Meter, Roof, median
 
-import lbr_kernels
+from lbr_kernels.evaluation.machine import machine
 
 T = TypeVar("T")
 Work = Callable[[], Any]
@@ -46,29 +43,6 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
     low, median, high = statistics.quantiles(values, n=4)
     return {"low": low, "median": median, "high": high}
-
-
-def cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def machine() -> dict[str, Any]:
-    """What figures depend on: processor, threads, versions."""
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lbr_kernels": lbr_kernels.__version__,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }
 
 
 def rotating(make: Callable[[], T], size: int, *, most: int = 1000) -> Callable[[], T]:

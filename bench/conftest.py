@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from compare import machine
 from pytest_benchmark.fixture import BenchmarkFixture
 from roof import Meter
+
+from lbr_kernels.evaluation.machine import machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -27,6 +27,8 @@ from lbr_kernels.decoding.generate import LBRGenerateOutput, generate
 from lbr_kernels.display import TreeView, comparison, progress
 from lbr_kernels.evaluation import reachability
 from lbr_kernels.evaluation.demo import BATCH, Demo, Measured
+from lbr_kernels.evaluation.digits import CONTINUES
+from lbr_kernels.evaluation.machine import processor
 from lbr_kernels.ops import _extension, _preferences
 
 app = typer.Typer(
@@ -74,7 +76,7 @@ def demo(
     console.print(Panel(Text(text), title=title, title_align="left"))
 
     def spell(tokens: list[int]) -> str:
-        return reachability.to_text(tokens, shipped.options).replace(reachability.CONTINUES, "")
+        return reachability.to_text(tokens, shipped.options).replace(CONTINUES, "")
 
     question = text.split(",")[-1].strip() + " "
     with TreeView(console, spell, question, width=WIDTH, depth=depth, pause=pause) as view:
@@ -197,7 +199,7 @@ def info() -> None:
     console.print(versions, highlight=False)
 
     devices = Table(title="devices", title_justify="left", show_header=False)
-    devices.add_row("cpu", f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    devices.add_row("cpu", f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
         devices.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
     console.print(devices, highlight=False)
@@ -240,15 +242,6 @@ def _takes(op: str, kind: str, reasons: dict[str, str | None]) -> str:
     source = _preferences.source(op)
     by_shape = ", by shape" if op == "tree_attention" else ""
     return f"{' or '.join(runs)}{by_shape}: {'not measured yet, cuda first' if source is None else source}"
-
-
-def _processor() -> str:
-    """The processor's name as the system tells it."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 @app.command()

@@ -391,7 +391,9 @@ def test_any_shape(backend, data):
             "alibi_slopes": st.just(slopes(Hq)),
         })
     )  # fmt: skip
-    assert_all_within_budget(run(p, backend, **extras), reference(p, **extras), plain(p, **extras), roundings=40)
+    # What is exactly zero here is the difference of two sums of so many terms each.
+    roundings = 12 + max(p["query"].shape[3], p["value"].shape[3]) // 16
+    assert_all_within_budget(run(p, backend, **extras), reference(p, **extras), plain(p, **extras), roundings=roundings)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -173,7 +173,10 @@ def test_width_1_trains_as_trl_does(tmp_path, change, monkeypatch):
     shared = {"max_steps": 4, "learning_rate": 3e-3, "weight_decay": 0.0, **change}
     policy = tiny_policy()
     policy.save_pretrained(tmp_path / "policy")  # where TRL finds the reference
-    load = lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32)  # noqa: E731
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32)
+
     ours = trainer(tmp_path / "ours", model=load(), width=1, behaviour="recomputed", **shared)
     rollouts = []
     generate = ours._generate_single_turn

@@ -47,6 +47,29 @@ class UnsupportedModelError(ValueError):
     """A model that cannot be decoded with a tree; the message says why."""
 
 
+def unwrapped(model: Any, *, caller: str = "generate") -> PreTrainedModel:
+    """The transformers model inside wrappers: DDP, DeepSpeed, ``torch.compile``, PEFT.
+
+    Raises ``TypeError`` if there is none, or one that generates no text.
+    """
+    found = model
+    while not isinstance(found, PreTrainedModel):
+        if hasattr(found, "_orig_mod"):
+            found = found._orig_mod
+        elif hasattr(found, "get_base_model"):
+            found = found.get_base_model()
+        elif isinstance(getattr(found, "module", None), nn.Module):
+            found = found.module
+        else:
+            raise TypeError(f"{caller}: model is a {type(model).__name__}, expected a transformers PreTrainedModel")
+    if not hasattr(found, "generate"):
+        raise TypeError(
+            f"{caller}: model is a {type(found).__name__}, which generates no text; AutoModelForCausalLM loads one "
+            "that does"
+        )
+    return found
+
+
 class ModelAdapter:
     """One model, as the decoding loop sees it; ``backend`` is what its matrix products may use (see ``ops``)."""
 

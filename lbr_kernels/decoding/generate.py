@@ -20,7 +20,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import TransformersKwargs
 
 from lbr_kernels import ops
-from lbr_kernels.decoding.adapter import ModelAdapter, require_supported
+from lbr_kernels.decoding.adapter import ModelAdapter, require_supported, unwrapped
 from lbr_kernels.decoding.cache import CACHE_NAME, TreeCache
 from lbr_kernels.decoding.config import LBRConfig
 from lbr_kernels.decoding.engine import engine_obstacle, take_step
@@ -364,22 +364,6 @@ def _merge(config: LBRConfig | None, **given: Any) -> LBRConfig:
         if value != getattr(config, name):
             raise ValueError(f"generate: {name} is {value!r} and config says {getattr(config, name)!r}; give one")
     return config
-
-
-def unwrapped(model: Any) -> PreTrainedModel:
-    """The transformers model inside the wrappers of ``torch.compile``, PEFT and DDP."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"generate: model is a {type(model).__name__}, expected a transformers PreTrainedModel")
-    if not hasattr(model, "generate"):
-        raise TypeError(
-            f"generate: model is a {type(model).__name__}, which generates no text; AutoModelForCausalLM loads one "
-            "that does"
-        )
-    return model
 
 
 def _check_keywords(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:

@@ -11,10 +11,9 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 
-from lbr_kernels.decoding.adapter import ModelAdapter, require_supported
+from lbr_kernels.decoding.adapter import ModelAdapter, require_supported, unwrapped
 from lbr_kernels.decoding.config import LBRConfig
 from lbr_kernels.decoding.engine import engine_obstacle, take_step
-from lbr_kernels.decoding.generate import unwrapped
 from lbr_kernels.decoding.loop import DecodingStats
 from lbr_kernels.decoding.routing import RouterLike, Routing
 from lbr_kernels.ops._backends import unavailable

@@ -34,12 +34,13 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from lbr_kernels.evaluation.digits import digit_ids, digit_tokens, joined
+
 Split: TypeAlias = Literal["train", "test"]
 
 SPECIAL_TOKENS = ("[PAD]", "[EOS]", ",", "=", "+", "-")
 PAD, EOS, COMMA, EQUALS, PLUS, MINUS = range(len(SPECIAL_TOKENS))
 FIRST_DIGIT = len(SPECIAL_TOKENS)
-CONTINUES = "##"
 
 _TEST_SHARE = 8  # one problem in eight belongs to the test split
 _MAX_DRAWS = 1000
@@ -149,16 +150,14 @@ def split_of(problem: Problem) -> Split:
 
 def token_strings(options: ArithmeticOptions) -> list[str]:
     """The vocabulary in the order of its ids, in WordPiece's spelling."""
-    digits = [str(digit) for digit in range(options.radix)]
-    return [*SPECIAL_TOKENS, *digits, *(CONTINUES + digit for digit in digits)]
+    return [*SPECIAL_TOKENS, *digit_tokens(options.radix)]
 
 
 def number_ids(number: int, options: ArithmeticOptions) -> list[int]:
     """The tokens of one number, the most significant digit first."""
     if not 0 <= number < options.limit:
         raise ValueError(f"number_ids: number is {number}, expected 0 to {options.limit - 1}")
-    digits = [number // options.radix**place % options.radix for place in reversed(range(options.digits))]
-    return [FIRST_DIGIT + options.radix * (place > 0) + digit for place, digit in enumerate(digits)]
+    return digit_ids(number, radix=options.radix, digits=options.digits, first=FIRST_DIGIT)
 
 
 def prompt_ids(problem: Problem, options: ArithmeticOptions) -> list[int]:
@@ -194,5 +193,4 @@ def check_answer(problem: Problem, ids: Sequence[int], options: ArithmeticOption
 
 def to_text(ids: Iterable[int], options: ArithmeticOptions) -> str:
     """Tokens as text: words separated by spaces, a number's digits written together."""
-    vocabulary = token_strings(options)
-    return " ".join(vocabulary[token] for token in ids).replace(" " + CONTINUES, "")
+    return joined(ids, token_strings(options))

@@ -36,13 +36,14 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lbr_kernels.evaluation.digits import digit_ids, digit_tokens, joined
+
 Split: TypeAlias = Literal["train", "test"]
 Edge: TypeAlias = tuple[int, int]
 
 SPECIAL_TOKENS = ("[PAD]", "[EOS]", "->", ",", "[Q]", "[OR]", "[R]")
 PAD, EOS, ARROW, COMMA, QUERY, OR, ROOT = range(len(SPECIAL_TOKENS))
 FIRST_DIGIT = len(SPECIAL_TOKENS)
-CONTINUES = "##"
 
 _TEST_SHARE = 8  # one graph in eight belongs to the test split
 _MAX_DRAWS = 100_000
@@ -229,16 +230,14 @@ def split_of(edges: Iterable[Sequence[int]] | NDArray[np.integer]) -> Split:
 
 def token_strings(options: ReachabilityOptions) -> list[str]:
     """The vocabulary in the order of its ids, in WordPiece's spelling."""
-    digits = [str(digit) for digit in range(options.radix)]
-    return [*SPECIAL_TOKENS, *digits, *(CONTINUES + digit for digit in digits)]
+    return [*SPECIAL_TOKENS, *digit_tokens(options.radix)]
 
 
 def node_ids(node: int, options: ReachabilityOptions) -> list[int]:
     """The tokens of one node, the most significant digit first."""
     if not 0 <= node < options.radix**options.digits:
         raise ValueError(f"node_ids: node is {node}, expected 0 to {options.radix**options.digits - 1}")
-    digits = [node // options.radix**place % options.radix for place in reversed(range(options.digits))]
-    return [FIRST_DIGIT + options.radix * (place > 0) + digit for place, digit in enumerate(digits)]
+    return digit_ids(node, radix=options.radix, digits=options.digits, first=FIRST_DIGIT)
 
 
 def prompt_ids(problem: Problem, options: ReachabilityOptions) -> list[int]:
@@ -310,8 +309,7 @@ def right_tokens(problem: Problem, answer: Sequence[int], options: ReachabilityO
 
 def to_text(ids: Iterable[int], options: ReachabilityOptions) -> str:
     """Tokens as text: words separated by spaces, a node's digits written together."""
-    vocabulary = token_strings(options)
-    return " ".join(vocabulary[token] for token in ids).replace(" " + CONTINUES, "")
+    return joined(ids, token_strings(options))
 
 
 def _random_graph(options: ReachabilityOptions, rng: np.random.Generator) -> NDArray[np.bool_]:

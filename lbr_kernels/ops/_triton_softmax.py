@@ -48,13 +48,16 @@ def multiply(query, keys, UPCAST: tl.constexpr):
 
 @triton.jit
 def adjusted(products, offset, slope, inner, outer, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    # Products become scores in units of ln 2, in the order in which models apply these.
+    # Products become scores in units of ln 2, in the order in which models apply these; and the soft-cap's derivative.
     scores = products * inner
+    slant = scores
     if HAS_SOFTCAP:
-        scores = outer * tanh(scores)
+        bent = tanh(scores)
+        slant = 1.0 - bent * bent
+        scores = outer * bent
     if HAS_ALIBI:
-        scores += slope[:, None] * offset
-    return scores
+        scores += slope * offset
+    return scores, slant
 
 
 @triton.jit

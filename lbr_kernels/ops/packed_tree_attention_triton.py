@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbr_kernels.ops._triton_softmax import LN2, LOG2E, absorb, multiply, tanh, with_sink
+from lbr_kernels.ops._triton_softmax import LN2, LOG2E, absorb, adjusted, multiply, with_sink
 from lbr_kernels.ops._triton_support import Launch, capability_of, interpreting, multiprocessors_of, stride
 from lbr_kernels.ops.packed_tree_order_triton import Lists, Order, as_window, lists, order
 
@@ -71,20 +71,6 @@ def _times(a, b, sums, UPCAST: tl.constexpr):
     if UPCAST:
         return tl.dot(a, b.to(tl.float32), sums, input_precision="ieee")
     return tl.dot(a.to(b.dtype), b, sums, input_precision="ieee")
-
-
-@triton.jit
-def _scores(products, offset, slope, inner, outer, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    # In units of ln 2, and the soft-cap's derivative.
-    scores = products * inner
-    slant = scores
-    if HAS_SOFTCAP:
-        bent = tanh(scores)
-        slant = 1.0 - bent * bent
-        scores = outer * bent
-    if HAS_ALIBI:
-        scores += slope * offset
-    return scores, slant
 
 
 @triton.jit(
@@ -189,7 +175,7 @@ def forward_kernel(
                 key_position = tl.load(positions + row)
             if CUT or HAS_ALIBI or HAS_SOFTCAP:
                 offset = key_position[None, :] - position[:, None]
-                scores = _scores(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)[0]
+                scores = adjusted(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)[0]
                 if CUT:
                     visible = (row[None, :] <= node[:, None]) & (node[:, None] < end[None, :])
                     if HAS_WINDOW:
@@ -335,7 +321,7 @@ def query_gradient_kernel(
                 key_position = tl.load(positions + row)
             offset = key_position[None, :] - position[:, None]
             products = multiply(q, k, UPCAST)
-            scores, slant = _scores(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)
+            scores, slant = adjusted(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)
             weights = tl.exp2(scores - log_sum[:, None])
             change = weights * (multiply(g, v, UPCAST) - d[:, None])
             if HAS_SOFTCAP:
@@ -480,7 +466,7 @@ def key_value_gradient_kernel(
             if HAS_ALIBI:
                 slope = tl.load(alibi_slopes + q_head) * LOG2E
             products = multiply(k, q, UPCAST)
-            scores, slant = _scores(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)
+            scores, slant = adjusted(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)
             weights = tl.exp2(scores - height[None, :])
             if CUT:
                 visible = (row[:, None] <= node[None, :]) & (node[None, :] < end[:, None])
@@ -699,8 +685,8 @@ def forward(
     """
     B, Hq, T, D = query.shape
     Dv = value.shape[3]
-    adjusted = positions is not None or softcap is not None
-    sizes = block_sizes("forward", max(D, Dv), query.dtype, capability, adjusted=adjusted)
+    is_adjusted = _adjusted(alibi_slopes, window, softcap)
+    sizes = block_sizes("forward", max(D, Dv), query.dtype, capability, adjusted=is_adjusted)
     keys = order(subtree_end, cu_seqlens, positions, window, flag)
     visited = lists(keys, sizes.queries, sizes.keys, by_query=True)
     out = query.new_empty(B, T, Hq, Dv, dtype=_stored(query.dtype))
@@ -743,11 +729,11 @@ def backward(
     B, Hq, T, D = query.shape
     Hk, Dv = value.shape[1], value.shape[3]
     scale = D**-0.5 if scale is None else scale
-    adjusted = positions is not None or softcap is not None
+    is_adjusted = _adjusted(alibi_slopes, window, softcap)
     keys = order(subtree_end, cu_seqlens, positions, window, flag)
     delta, heights = (query.new_empty(B, Hq, T, dtype=torch.float32) for _ in range(2))
 
-    sizes = block_sizes("query_gradient", max(D, Dv), query.dtype, capability, adjusted=adjusted)
+    sizes = block_sizes("query_gradient", max(D, Dv), query.dtype, capability, adjusted=is_adjusted)
     by_query = lists(keys, sizes.queries, sizes.keys, by_query=True)
     query_grad = query.new_empty(B, T, Hq, D, dtype=_stored(query.dtype))
     given = {"grad": grad, "delta": delta, "heights": heights, "scale": scale, **_strides("grad", grad)}
@@ -764,7 +750,7 @@ def backward(
     }
     of_queries = Launch(query_gradient_kernel, by_query.owners * B * Hq, arguments, sizes.options)
 
-    sizes = block_sizes("key_value_gradient", max(D, Dv), query.dtype, capability, adjusted=adjusted)
+    sizes = block_sizes("key_value_gradient", max(D, Dv), query.dtype, capability, adjusted=is_adjusted)
     by_key = lists(keys, sizes.queries, sizes.keys, by_query=False)
     parts = choose_parts(by_key.owners * B * Hk, Hq // Hk, multiprocessors)
     stored = _stored(query.dtype) if parts == 1 else torch.float32
@@ -782,6 +768,11 @@ def backward(
     before = _in_order(keys, [("lists by query", by_query), ("lists by key", by_key)])
     mains = {"query_gradient": of_queries, "key_value_gradient": of_keys}
     return Call(before | mains, (query_grad, key_grad, value_grad))
+
+
+def _adjusted(alibi_slopes: Tensor | None, window: int | None, softcap: float | None) -> bool:
+    """Whether scores are more than scaled products, or looked at together with positions."""
+    return alibi_slopes is not None or window is not None or softcap is not None
 
 
 def _stored(dtype: torch.dtype) -> torch.dtype:

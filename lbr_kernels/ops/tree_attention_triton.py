@@ -262,7 +262,7 @@ def tree_attention_kernel(
         products = multiply(q, k, UPCAST)
         if HAS_ALIBI or HAS_SOFTCAP:
             offset = (block * BLOCK_KEYS + column)[None, :] - position[:, None]
-            scores = adjusted(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)
+            scores = adjusted(products, offset, slope[:, None], inner, outer, HAS_ALIBI, HAS_SOFTCAP)[0]
             top, total, sums = absorb(scores, 1.0, v, top, total, sums, UPCAST)
         else:
             top, total, sums = absorb(products, inner, v, top, total, sums, UPCAST)
@@ -306,7 +306,7 @@ def tree_attention_kernel(
             offset = key_position[None, :] - position[:, None]
         if HAS_WINDOW:
             visible = visible & (-offset < window)
-        scores = adjusted(products, offset, slope, inner, outer, HAS_ALIBI, HAS_SOFTCAP)
+        scores = adjusted(products, offset, slope[:, None], inner, outer, HAS_ALIBI, HAS_SOFTCAP)[0]
         scores = tl.where(visible, scores, float("-inf"))
         if HAS_WINDOW:
             # From the scores, whose layout this takes; `visible` would be computed in a second one.

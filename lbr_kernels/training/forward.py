@@ -18,7 +18,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -34,6 +34,7 @@ from lbr_kernels.decoding.adapter import (
     rounding_tolerance,
     shell_of,
     structural_reason,
+    unwrapped,
 )
 from lbr_kernels.decoding.attention import LayerExtras, configs_of, own_attention_name, tree_forward
 from lbr_kernels.decoding.cache import layer_window
@@ -58,23 +59,10 @@ class PackedStates:
 
 def inner_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside wrappers: DDP, DeepSpeed, ``torch.compile``, PEFT."""
-    found: Any = model
-    while not isinstance(found, PreTrainedModel):
-        if hasattr(found, "_orig_mod"):
-            found = found._orig_mod
-        elif hasattr(found, "get_base_model"):
-            if any(config.is_prompt_learning for config in found.peft_config.values()):
-                raise ValueError(
-                    "trajectory_log_probs: model has learned prompts (PEFT), which trees cannot begin with"
-                )
-            found = found.get_base_model()
-        elif isinstance(getattr(found, "module", None), nn.Module):
-            found = found.module
-        else:
-            raise TypeError(
-                f"trajectory_log_probs: model is a {type(model).__name__}, expected a transformers PreTrainedModel or "
-                "a wrapper of one"
-            )
+    adapters = [config for module in model.modules() for config in getattr(module, "peft_config", {}).values()]
+    if any(config.is_prompt_learning for config in adapters):
+        raise ValueError("trajectory_log_probs: model has learned prompts (PEFT), which trees cannot begin with")
+    found = unwrapped(model, caller="trajectory_log_probs")
     if found.get_output_embeddings() is None:
         raise ValueError(f"trajectory_log_probs: {type(found).__name__} has no output head (get_output_embeddings)")
     return found
@@ -89,7 +77,6 @@ class PackedForward:
     positions: Tensor  # int32 [1, N]
     windows: list[int | None]
     backend: str | None
-    layers: int = 0
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, extras: LayerExtras) -> Tensor:
         """One layer's attention, all in the dtype that autocast or the least precise of the three asks for."""
@@ -98,7 +85,6 @@ class PackedForward:
                 f"trajectory_log_probs: the model trains with attention dropout {extras.dropout:g}, expected 0: under "
                 "it a trajectory has no likelihood"
             )
-        self.layers += 1
         window = extras.window
         layer = getattr(module, "layer_idx", None)
         if window is None and layer is not None and layer < len(self.windows):
@@ -110,8 +96,8 @@ class PackedForward:
         device = query.device  # layers may be spread over several
         out = ops.packed_tree_attention(
             query.to(dtype), key.to(dtype), value.to(dtype), self.subtree_end.to(device),
-            cu_seqlens=self.cu_seqlens.to(device), positions=self.positions.to(device), scale=extras.scale,
-            window=window, softcap=extras.softcap, sinks=extras.sinks, backend=self.backend,
+            cu_seqlens=self.cu_seqlens.to(device), positions=None if window is None else self.positions.to(device),
+            scale=extras.scale, window=window, softcap=extras.softcap, sinks=extras.sinks, backend=self.backend,
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out
@@ -136,7 +122,7 @@ def forward_packed(
     inputs = packed_inputs(inner, packed, prompt_embeds)
     with in_trees(), _recomputed(inner, in_trees):
         seen = _call(model, inner, inputs, position_ids=packed.positions[None])
-    return PackedStates(seen.hidden[0], seen.body[0], seen.head)
+    return replace(seen, hidden=seen.hidden[0], body=seen.body[0])
 
 
 def forward_paths(
@@ -154,7 +140,7 @@ def forward_paths(
     row_of = torch.full((len(packed),), len(paths), device=device)
     row_of.scatter_reduce_(0, paths[paths >= 0], rows[paths >= 0], "amin")
     inputs = packed_inputs(inner, packed, prompt_embeds)
-    seen: list[_Seen] = []
+    seen: list[PackedStates] = []
     for part, length in zip(paths.split(rows_each), lengths.split(rows_each), strict=True):
         part = part[:, : int(length.max())]
         index = part.clamp(min=0)
@@ -201,15 +187,11 @@ def packed_inputs(inner: PreTrainedModel, packed: PackedTrees, prompt_embeds: Te
     return {"inputs_embeds": embeds.masked_scatter(~drawn[:, None], prompt_embeds.to(embeds))[None]}
 
 
-@dataclass
-class _Seen:
-    hidden: Tensor
-    body: Tensor
-    head: Head
+def _call(model: nn.Module, inner: PreTrainedModel, inputs: dict[str, Tensor], **more: Tensor) -> PackedStates:
+    """Call the model, the head seeing the first row only, and keep what came out of its body and into its head.
 
-
-def _call(model: nn.Module, inner: PreTrainedModel, inputs: dict[str, Tensor], **more: Tensor) -> _Seen:
-    """Call the model, the head seeing the first row only, and keep what came out of its body and into its head."""
+    States have the rows of the call in front, ``[B, n, D]``.
+    """
     head: nn.Module = inner.get_output_embeddings()
     into_head: list[Tensor] = []
     out_of: dict[str, list[Any]] = {name: [] for name in _bodies(inner)}
@@ -244,7 +226,7 @@ def _call(model: nn.Module, inner: PreTrainedModel, inputs: dict[str, Tensor], *
     output = out_of[body][0]
     function = functools.partial(_logits, inner, body, type(output))
     _check_head(inner, function, output.last_hidden_state, logits)
-    return _Seen(into_head[0], output.last_hidden_state, function)
+    return PackedStates(into_head[0], output.last_hidden_state, function)
 
 
 def _arguments(inner: PreTrainedModel) -> dict[str, Any]:
@@ -298,7 +280,7 @@ def _check_head(inner: PreTrainedModel, head: Head, states: Tensor, logits: Tens
     with torch.no_grad():
         again = head(states[0, :1].detach())
         error = relative_error(again, logits[0])
-    if not error <= 1e-2:
+    if not error <= 1e-2:  # another function is off by more than what rounding to bf16 makes of one
         raise ValueError(
             f"trajectory_log_probs: the logits of {type(inner).__name__} are not a function of its body's result "
             f"(relative error {error:.1e})"

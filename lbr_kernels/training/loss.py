@@ -99,7 +99,7 @@ def group_advantages(
         raise ValueError(f"group_advantages: normalise is {normalise!r}, expected 'std', 'batch-std' or 'none'")
     if not 0 <= eps < math.inf:
         raise ValueError(f"group_advantages: eps is {eps!r}, expected a finite number >= 0")
-    values = values.detach().double()
+    values = values.detach()
     if not bool((finite := values.isfinite()).all()):
         row = int(finite.logical_not().nonzero()[0])
         raise ValueError(f"group_advantages: rewards[{row}] is {values[row].item()}, expected a finite number")

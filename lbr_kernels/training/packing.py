@@ -13,6 +13,7 @@ Plain tensors on the CPU; nothing here knows a model.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -214,7 +215,8 @@ class _GrownTrees:
                 canonical[:, warm:] = ids.gather(2, rank).flatten(1)
         return canonical
 
-    def _ancestors(self) -> tuple[list[Tensor], Tensor]:
+    @functools.cached_property
+    def ancestors(self) -> tuple[list[Tensor], Tensor]:
         """A node, its parent, ... as far as the trunk; and how many of them stand beside the trunk."""
         up, count = [torch.arange(self.tokens.shape[1]).expand_as(self.tokens)], torch.zeros_like(self.tokens)
         for _ in range(self.depth):
@@ -225,7 +227,7 @@ class _GrownTrees:
 
     def order(self) -> tuple[Tensor, Tensor]:
         """Each canonical node's place in its row's pre-order ``[rows, nodes]``, and the rows' counts ``[rows]``."""
-        up, beside = self._ancestors()
+        up, beside = self.ancestors
         trunk = up[-1]  # the node of the trunk that a node hangs from; -1: the prompt
         attached = torch.where(trunk >= 0, _take(self.trunk_depth, trunk), 0)
         is_trunk = self.trunk_depth > 0
@@ -243,7 +245,7 @@ class _GrownTrees:
 
     def subtree_sizes(self) -> Tensor:
         """How many canonical nodes a node beside the trunk has below it, itself included."""
-        up, beside = self._ancestors()
+        up, beside = self.ancestors
         counted = self.canonical & self.exists
         sizes = torch.zeros_like(self.tokens)
         for level, ancestor in enumerate(up[:-1]):

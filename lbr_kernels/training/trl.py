@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import groupby
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -114,7 +114,7 @@ class LBRGRPOConfig(GRPOConfig):
     router_learning_rate: float = 1e-4
     router_temperature: float = 1.0
     behaviour: str = "recorded"
-    nodes: str = "sum"
+    nodes: Literal["sum", "mean"] = "sum"
     router_entropy_coef: float = 0.0
     detach_router_input: bool = False
     allow_filters: bool = False
@@ -415,7 +415,7 @@ class LBRGRPOTrainer(GRPOTrainer):
             reduction=reduction,
             max_length=max_length,
             normaliser=normaliser,
-            nodes=self._lbr.nodes,  # type: ignore[arg-type]
+            nodes=self._lbr.nodes,
             reference=unpack("ref_per_token_logps"),
             kl_coef=self.beta,
             correct_kl=self.args.use_bias_correction_kl,
@@ -628,7 +628,7 @@ def _checked(function: Any) -> Any:
         return rewards
 
     checked: Callable[..., Any]
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
 
         async def checked(*args: Any, **kwargs: Any) -> Any:
             return check(await function(*args, **kwargs))

@@ -20,6 +20,7 @@ from lbr_kernels.decoding.loop import StepView
 from lbr_kernels.display import TreeView, comparison
 from lbr_kernels.evaluation import reachability
 from lbr_kernels.evaluation.demo import Demo
+from lbr_kernels.evaluation.digits import CONTINUES
 
 SEED, PROBLEMS, WIDTH, DEPTH = 0, 200, 3, 2
 OUT = Path(__file__).with_name("demo.svg")
@@ -34,7 +35,7 @@ def main() -> None:
     question = reachability.to_text(prompt[0].tolist(), demo.options).split(",")[-1].strip() + " "
 
     def spell(tokens: list[int]) -> str:
-        return reachability.to_text(tokens, demo.options).replace(reachability.CONTINUES, "")
+        return reachability.to_text(tokens, demo.options).replace(CONTINUES, "")
 
     pictures: list[tuple[float, RenderableType]] = []
     view = TreeView(console, spell, question, width=WIDTH, depth=DEPTH)

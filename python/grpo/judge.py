@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from click import Choice
 from rollout import answer
 from tasks import TASKS
 from transformers import AutoModelForCausalLM
@@ -27,7 +28,7 @@ PART = 16  # questions that are decoded together
 
 
 def main(
-    task: Annotated[str, typer.Argument(help=", ".join(TASKS))],
+    task: Annotated[str, typer.Argument(click_type=Choice(list(TASKS)))],
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of grpo.py, or a model.", exists=True)],
     out: Annotated[Path, typer.Argument(help="The JSON file.", dir_okay=False)],
     width: Annotated[int, typer.Option(min=1)] = 1,

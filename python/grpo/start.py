@@ -18,8 +18,10 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from click import Choice
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tasks import ARITHMETIC
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
@@ -32,7 +34,6 @@ from lbr_kernels.evaluation.arithmetic import (
     random_problem,
 )
 
-SIZES = {"arithmetic": ArithmeticOptions(), "bits": ArithmeticOptions(terms=3, radix=2, digits=1)}
 BATCH, LR = 64, 3e-3
 
 
@@ -56,7 +57,7 @@ def build_model(options: ArithmeticOptions, dim: int, layers: int) -> PreTrained
 
 
 def main(
-    task: Annotated[str, typer.Argument(help="arithmetic or bits.")],
+    task: Annotated[str, typer.Argument(click_type=Choice(list(ARITHMETIC)))],
     out: Annotated[Path, typer.Argument(help="Directory of the model.", file_okay=False)],
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     accuracy: Annotated[float, typer.Option(help="Of sampling, at which to stop.", min=0, max=1)] = 0.4,
@@ -67,7 +68,7 @@ def main(
     """Train a small model on an arithmetic task by next-token cross-entropy and save it."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    rng, options = np.random.default_rng(seed), SIZES[task]
+    rng, options = np.random.default_rng(seed), ARITHMETIC[task]
     model = build_model(options, dim, layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

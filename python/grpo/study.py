@@ -17,8 +17,6 @@ from __future__ import annotations
 import datetime
 import json
 import multiprocessing
-import os
-import platform
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr
@@ -30,15 +28,13 @@ import grpo
 import judge
 import numpy as np
 import start
-import torch
-import transformers
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import lbr_kernels
 from lbr_kernels.evaluation.demo import CHECKPOINT
+from lbr_kernels.evaluation.machine import machine
 from lbr_kernels.evaluation.statistics import pass_at_k
 
 HERE = Path(__file__).parent
@@ -131,23 +127,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were made on."""
-    found = ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "cpu": found or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads per process": 1,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lbr_kernels": lbr_kernels.__version__,
-    }
-
-
 @app.command()
 def run(
     work: Annotated[Path, typer.Argument(help="Directory for models, checkpoints and logs.", file_okay=False)],
@@ -172,7 +151,7 @@ def run(
         found = {
             "date": datetime.date.today().isoformat(),
             "command": f"python python/grpo/study.py run WORK --tasks {tasks} --jobs {jobs}",
-            "machine": machine(),
+            "machine": {**machine(), "threads": 1},  # of every process
             "plan": {**asdict(plan), "start": "the shipped checkpoint" if plan.start else f"start.py {plan.task}"},
             "before": json.loads((work / f"{plan.task}-start.json").read_text()),
             "runs": [

@@ -10,7 +10,10 @@ import numpy as np
 
 from lbr_kernels.evaluation import arithmetic, reachability
 
-ARITHMETIC = arithmetic.ArithmeticOptions(terms=4, radix=10, digits=2)
+ARITHMETIC = {
+    "arithmetic": arithmetic.ArithmeticOptions(terms=4, radix=10, digits=2),
+    "bits": arithmetic.ArithmeticOptions(terms=3, radix=2, digits=1),  # small, for tests
+}
 REACHABILITY, HOPS = reachability.ReachabilityOptions(), 3
 
 
@@ -70,9 +73,7 @@ def arithmetic_task(options: arithmetic.ArithmeticOptions) -> Task:
 
 
 TASKS = {
-    "arithmetic": arithmetic_task(ARITHMETIC),
-    # Small, for tests.
-    "bits": arithmetic_task(arithmetic.ArithmeticOptions(terms=3, radix=2, digits=1)),
+    **{name: arithmetic_task(options) for name, options in ARITHMETIC.items()},
     "reachability": Task(
         "reachability",
         eos=reachability.EOS,

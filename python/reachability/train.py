@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
+from lbr_kernels.evaluation.digits import CONTINUES
 from lbr_kernels.evaluation.reachability import (
-    CONTINUES,
     EOS,
     PAD,
     SPECIAL_TOKENS,
