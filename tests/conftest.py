@@ -42,6 +42,7 @@ def _poisoned_memory() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+    assert not torch.is_autocast_enabled("cpu"), "the test has left autocast on"
 
 
 @pytest.fixture(scope="session")

@@ -652,7 +652,14 @@ def _run_inside(model: nn.Module) -> None:
 
     @functools.wraps(forward)
     def either(self: nn.Module, *args: Any, lbr_run: Callable[[nn.Module], Any] | None = None, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if lbr_run is None else lbr_run(self)
+        if lbr_run is None:
+            return forward(*args, **kwargs)
+        # What accelerate has put around the forward is on already, and its autocast, entered twice, is never left.
+        outside, self.forward = self.forward, forward
+        try:
+            return lbr_run(self)
+        finally:
+            self.forward = outside
 
     model.forward = MethodType(either, model)
 
