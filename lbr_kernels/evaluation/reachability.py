@@ -16,15 +16,18 @@ Graphs are layered: every edge leads from one layer to the next, so that all pat
 every node beyond the first layer has a parent, and the remaining edges are drawn uniformly. Names are a random
 permutation and say nothing about layers.
 
-Two properties hold by construction:
+Three properties hold by construction:
 
-* *Targets give nothing away.* Problems come in twin pairs: the same graph, the same two targets, the same number of
-  hops, and another root, from which the other target is the reachable one. Whatever looks at the graph and the
-  targets and not at the root is right in exactly half of the problems. Every root has at least two children.
+* *Targets and degrees give nothing away.* Problems come in twin pairs: the same graph, the same two targets, the same
+  number of hops, and another root with as many parents and as many children (two at least), from which the other target
+  is the reachable one. Whatever looks at the graph, at the targets and at the root's degrees and not at which node the
+  root is, is right in exactly half of the problems.
 * *Splits are disjoint.* The split of a graph is a function of :func:`graph_fingerprint`, which does not depend on
   the names of its nodes: no test graph occurs in training, nor does a relabelled one.
+* *No test graph occurs twice* in what :func:`evaluation_problems` returns, nor does a relabelled one.
 
-Everything is drawn from a numpy ``Generator`` that the caller gives.
+:func:`twin_batch` draws many graphs at once. In its arrays G graphs have Q questions each, and N is
+``radix ** digits``, the number of names. Everything is drawn from a numpy ``Generator`` that the caller gives.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ PAD, EOS, ARROW, COMMA, QUERY, OR, ROOT = range(len(SPECIAL_TOKENS))
 FIRST_DIGIT = len(SPECIAL_TOKENS)
 
 _TEST_SHARE = 8  # one graph in eight belongs to the test split
-_MAX_DRAWS = 100_000
+_MAX_DRAWS = 100_000  # in a row without a suitable graph
+_MAX_TRIES = 256  # at once, for one graph
+_MAX_CELLS = 2**22  # of the largest array of a draw
 
 
 @dataclass(frozen=True)
@@ -75,15 +80,19 @@ class ReachabilityOptions:
             )
         if self.radix > 10:
             raise ValueError(f"ReachabilityOptions: radix is {self.radix}, expected at most 10")
-        if self.radix**self.digits < self.num_nodes:
+        if self.num_names < self.num_nodes:
             raise ValueError(
-                f"ReachabilityOptions: {self.digits} digits in base {self.radix} name {self.radix**self.digits} "
+                f"ReachabilityOptions: {self.digits} digits in base {self.radix} name {self.num_names} "
                 f"nodes, expected at least {self.num_nodes}"
             )
 
     @property
     def num_nodes(self) -> int:
         return self.layers * self.layer_size
+
+    @property
+    def num_names(self) -> int:
+        return int(self.radix**self.digits)
 
     @property
     def max_hops(self) -> int:
@@ -125,19 +134,45 @@ class Problem:
     def children(self, node: int) -> tuple[int, ...]:
         return tuple(v for u, v in self.edges if u == node)
 
-    def on_the_way(self) -> frozenset[int]:
-        """The nodes from which ``answer`` can be reached, itself included."""
-        found = {self.answer}
-        for _ in self.edges:
-            found |= {u for u, v in self.edges if v in found}
-        return frozenset(found)
 
-    def random_path(self, rng: np.random.Generator) -> tuple[int, ...]:
-        """A legal path from the root (left out) to the answer: at each node a random child that is on the way."""
-        way, path = self.on_the_way(), [self.root]
-        while path[-1] != self.answer:
-            path.append(int(rng.choice([child for child in self.children(path[-1]) if child in way])))
-        return tuple(path[1:])
+@dataclass(frozen=True)
+class ProblemBatch:
+    """Problems on G graphs, Q on each; nodes, orders and fields are those of :class:`Problem`.
+
+    ``edges [G, E, 2]``, ``roots [G, Q]``, ``targets [G, Q, 2]``, ``answers [G, Q]`` and ``hops [G, Q]``, all int64.
+    ``adjacency`` bool ``[G, N, N]`` says whether an edge leads from row to column. Twins are side by side.
+    """
+
+    edges: NDArray[np.int64]
+    roots: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    answers: NDArray[np.int64]
+    hops: NDArray[np.int64]
+    adjacency: NDArray[np.bool_]
+
+    def problems(self) -> list[Problem]:
+        """One by one, graph after graph."""
+        rows = zip(self.roots.tolist(), self.targets.tolist(), self.answers.tolist(), self.hops.tolist(), strict=True)
+        found = []
+        for graph, row in zip(self.edges.tolist(), rows, strict=True):
+            edges = tuple((u, v) for u, v in graph)
+            found += [Problem(edges, r, (a, b), answer, h) for r, (a, b), answer, h in zip(*row, strict=True)]
+        return found
+
+    def on_the_way(self) -> NDArray[np.bool_]:
+        """``[G, Q, N]``: the nodes from which the answer can be reached, itself included."""
+        found = _one_hot(self.answers, self.adjacency.shape[-1])
+        parents = self.adjacency.swapaxes(1, 2).astype(np.float32)
+        for _ in range(int(self.hops.max(initial=0))):
+            found |= found.astype(np.float32) @ parents > 0
+        return found
+
+    def random_paths(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Legal paths ``[G, Q, most hops]`` from root (left out) to answer: always a random child that is on the way.
+
+        Shorter paths end in -1.
+        """
+        return random_walks(self.adjacency, self.roots, self.on_the_way(), int(self.hops.max(initial=0)), rng)
 
 
 @dataclass(frozen=True)
@@ -149,60 +184,92 @@ class Verdict:
     correct: bool
 
 
-def twin_problems(
-    options: ReachabilityOptions, hops: Sequence[int], *, split: Split, rng: np.random.Generator
-) -> list[Problem]:
-    """Twin problems on one new graph.
+def twin_batch(
+    options: ReachabilityOptions,
+    hops: NDArray[np.integer] | Sequence[Sequence[int]],
+    *,
+    split: Split,
+    rng: np.random.Generator,
+    distinct: bool = False,
+) -> ProblemBatch:
+    """Twin problems on many new graphs.
 
     Args:
-        options: the size of the graph.
-        hops: one number of hops per pair of twins, each in ``1 .. options.max_hops``. Graphs are drawn until one
-            offers all of them; pairs may repeat if the graph has fewer.
-        split: which side of the split the graph is on.
+        options: the size of the graphs.
+        hops: integers ``[G, P]``, one number of hops per pair of twins, each in ``1 .. options.max_hops``. Graphs are
+            drawn until every one offers all that its row asks for; pairs may repeat if a graph has fewer.
+        split: which side of the split the graphs are on.
         rng: the source of everything random.
+        distinct: draw again where two graphs would have the same fingerprint.
 
     Returns:
-        ``2 * len(hops)`` problems, twins side by side.
+        G graphs with Q = 2 P problems each, those of a pair side by side.
 
     Raises:
         ValueError: for a number of hops outside the range, or if no suitable graph turns up.
     """
-    for count in hops:
+    asked = np.asarray(hops)
+    if asked.ndim != 2 or not (asked.size == 0 or np.issubdtype(asked.dtype, np.integer)):
+        raise ValueError(f"twin_batch: hops is {asked.dtype} {list(asked.shape)}, expected integers [graphs, pairs]")
+    for count in np.unique(asked).tolist():
         if not 1 <= count <= options.max_hops:
-            raise ValueError(f"twin_problems: hops holds {count}, expected 1 to {options.max_hops}")
+            raise ValueError(f"twin_batch: hops holds {count}, expected 1 to {options.max_hops}")
     if split not in ("train", "test"):
-        raise ValueError(f"twin_problems: split is {split!r}, expected 'train' or 'test'")
-    for _ in range(_MAX_DRAWS):
-        adjacency = _random_graph(options, rng)
-        reach = _reachability(adjacency)
-        pairs = {count: _target_pairs(adjacency, reach, options, count) for count in set(hops)}
-        if all(len(found) for found in pairs.values()) and split_of(np.argwhere(adjacency)) == split:
-            break
-    else:
-        raise ValueError(f"twin_problems: no graph of {options} offers hops {list(hops)} in {_MAX_DRAWS} draws")
-    names = rng.choice(options.radix**options.digits, options.num_nodes, replace=False)
-    edges = tuple((int(names[u]), int(names[v])) for u, v in rng.permutation(np.argwhere(adjacency)))
+        raise ValueError(f"twin_batch: split is {split!r}, expected 'train' or 'test'")
+    steps = _suitable_graphs(options, asked, split, distinct, rng)
+    return _named(options, steps, *_chosen_twins(options, steps, asked, rng), rng)
 
-    problems = []
-    for count in hops:
-        targets = pairs[count][rng.integers(len(pairs[count]))]
-        for answer, other in (targets, targets[::-1]):
-            roots = np.flatnonzero(_roots(adjacency, reach, options, count)[:, answer, other])
-            root, shown = names[rng.choice(roots)], names[rng.permutation(targets)]
-            problems.append(Problem(edges, int(root), (int(shown[0]), int(shown[1])), int(names[answer]), count))
-    return problems
+
+def twin_problems(
+    options: ReachabilityOptions, hops: Sequence[int], *, split: Split, rng: np.random.Generator
+) -> list[Problem]:
+    """Twin problems on one new graph: :func:`twin_batch` with one row of ``hops``.
+
+    Returns:
+        ``2 * len(hops)`` problems, twins side by side.
+    """
+    return twin_batch(options, [hops], split=split, rng=rng).problems()
 
 
 def evaluation_problems(options: ReachabilityOptions, count: int, *, hops: Sequence[int], seed: int) -> list[Problem]:
     """``count`` problems of the test split, a new graph for every pair of twins, ``hops`` in turn.
 
-    Raises ``ValueError`` for an odd or non-positive ``count``, and as :func:`twin_problems` does.
+    No two of the graphs have the same fingerprint. Raises ``ValueError`` for an odd or non-positive ``count``, and as
+    :func:`twin_batch` does, which it also does if there are not enough different graphs of this size.
     """
     if count < 1 or count % 2:
         raise ValueError(f"evaluation_problems: count is {count}, expected a positive even number")
-    rng = np.random.default_rng(seed)
-    pairs = (twin_problems(options, [hops[i % len(hops)]], split="test", rng=rng) for i in range(count // 2))
-    return [problem for pair in pairs for problem in pair]
+    in_turn = np.resize(np.asarray(hops), (count // 2, 1))
+    return twin_batch(options, in_turn, split="test", rng=np.random.default_rng(seed), distinct=True).problems()
+
+
+def random_walks(
+    adjacency: NDArray[np.bool_],
+    starts: NDArray[np.integer],
+    through: NDArray[np.bool_],
+    steps: int,
+    rng: np.random.Generator,
+) -> NDArray[np.int64]:
+    """From each start to a random child, from there to one of its children, and so on to a node that has none.
+
+    Args:
+        adjacency: bool ``[G, N, N]``, as in :class:`ProblemBatch`.
+        starts: nodes ``[G, Q]``.
+        through: bool ``[G, Q, N]`` (or what broadcasts to it), the children that count.
+        steps: the most steps that are taken.
+
+    Returns:
+        Nodes ``[G, Q, steps]``, the start left out, -1 after the end.
+    """
+    graph = np.arange(len(adjacency))[:, None]
+    path = np.full((*starts.shape, steps), -1)
+    node, going = np.asarray(starts), np.ones(starts.shape, np.bool_)
+    for step in range(steps):
+        children = adjacency[graph, node] & through
+        going = going & children.any(axis=-1)
+        node = np.where(going, random_true(children, rng), node)
+        path[..., step] = np.where(going, node, -1)
+    return path
 
 
 def graph_fingerprint(edges: Iterable[Sequence[int]] | NDArray[np.integer]) -> int:
@@ -214,13 +281,9 @@ def graph_fingerprint(edges: Iterable[Sequence[int]] | NDArray[np.integer]) -> i
     pairs = np.asarray([tuple(edge) for edge in edges])
     nodes, index = np.unique(pairs, return_inverse=True)
     heads, tails = index.reshape(pairs.shape).T
-    colours = np.ones(len(nodes), np.uint64)
-    for _ in nodes:
-        below, above = np.zeros_like(colours), np.zeros_like(colours)
-        np.add.at(below, heads, _mix(colours, 1)[tails])
-        np.add.at(above, tails, _mix(colours, 2)[heads])
-        colours = _mix(colours + _mix(below, 3) + _mix(above, 4), 5)
-    return int(_mix(colours, 6).sum())
+    adjacency = np.zeros((1, len(nodes), len(nodes)), np.uint64)
+    np.add.at(adjacency[0], (heads, tails), np.uint64(1))
+    return int(_fingerprints(adjacency)[0])
 
 
 def split_of(edges: Iterable[Sequence[int]] | NDArray[np.integer]) -> Split:
@@ -235,8 +298,8 @@ def token_strings(options: ReachabilityOptions) -> list[str]:
 
 def node_ids(node: int, options: ReachabilityOptions) -> list[int]:
     """The tokens of one node, the most significant digit first."""
-    if not 0 <= node < options.radix**options.digits:
-        raise ValueError(f"node_ids: node is {node}, expected 0 to {options.radix**options.digits - 1}")
+    if not 0 <= node < options.num_names:
+        raise ValueError(f"node_ids: node is {node}, expected 0 to {options.num_names - 1}")
     return digit_ids(node, radix=options.radix, digits=options.digits, first=FIRST_DIGIT)
 
 
@@ -283,28 +346,126 @@ def check_answer(problem: Problem, ids: Sequence[int], options: ReachabilityOpti
     return Verdict(ended, legal, correct=ended and legal and path[-1] == problem.answer)
 
 
-def right_tokens(problem: Problem, answer: Sequence[int], options: ReachabilityOptions) -> list[frozenset[int]]:
-    """For every token of a right answer, the set of tokens that would be right in its place.
+def legal_tokens(problem: Problem, answer: Sequence[int], options: ReachabilityOptions) -> frozenset[int]:
+    """The tokens that may follow the first tokens of an answer, whether or not they lead to the reachable target.
 
-    A token is right if some path to the reachable target goes on with it, given the tokens before it.
+    Inside a node those that go on to a child of the node before it; after a node an arrow if it has children, and the
+    end if it is one of the two targets. Empty after the end, and after tokens that are not legal themselves.
+    """
+    children = {tuple(node_ids(child, options)): child for child in problem.children(problem.root)}
+    word: tuple[int, ...] = ()
+    for token in [*answer, None]:
+        if len(word) < options.digits:
+            legal = {ids[len(word)] for ids in children if ids[: len(word)] == word}
+        else:
+            node = children[word]
+            below = {tuple(node_ids(child, options)): child for child in problem.children(node)}
+            legal = {ARROW} if below else set()
+            legal |= {EOS} if node in problem.targets else set()
+        if token is None:
+            break
+        if token not in legal or token == EOS:
+            return frozenset()
+        if token == ARROW:
+            children, word = below, ()
+        else:
+            word += (token,)
+    return frozenset(legal)
+
+
+def node_tokens(nodes: NDArray[np.integer], options: ReachabilityOptions) -> NDArray[np.int64]:
+    """:func:`node_ids` of every element: ``[..., digits]``."""
+    place = np.arange(options.digits)
+    digits = np.asarray(nodes, np.int64)[..., None] // options.radix ** place[::-1] % options.radix
+    return digits + FIRST_DIGIT + options.radix * (place > 0)
+
+
+def prompt_tokens(batch: ProblemBatch, options: ReachabilityOptions) -> NDArray[np.int64]:
+    """:func:`prompt_ids` of every problem: ``[G, Q, prompt_length]``."""
+    graphs, questions = batch.roots.shape
+    tokens = np.empty((graphs, questions, options.prompt_length), np.int64)
+    tokens[:, :, : options.graph_length] = graph_tokens(batch, options)[:, None]
+    ends = np.concatenate([batch.targets, batch.roots[..., None]], axis=-1)
+    question = tokens[:, :, options.graph_length : -1].reshape(graphs, questions, 3, options.digits + 1)
+    question[..., 0] = QUERY, OR, ROOT
+    question[..., 1:] = node_tokens(ends, options)
+    tokens[:, :, options.graph_length : -1] = question.reshape(graphs, questions, -1)
+    tokens[:, :, -1] = ARROW
+    return tokens
+
+
+def graph_tokens(batch: ProblemBatch, options: ReachabilityOptions) -> NDArray[np.int64]:
+    """The text of every graph, with which its prompts begin: ``[G, graph_length]``."""
+    tokens = np.empty((*batch.edges.shape, options.digits + 1), np.int64)
+    tokens[..., :-1] = node_tokens(batch.edges, options)
+    tokens[..., -1] = ARROW, COMMA
+    return tokens.reshape(len(tokens), options.graph_length)
+
+
+def answer_tokens(paths: NDArray[np.integer], options: ReachabilityOptions) -> NDArray[np.int64]:
+    """:func:`answer_ids` of paths ``[..., steps]`` ending in -1: ``[..., steps * (digits + 1)]``, ``PAD`` last."""
+    exists = paths >= 0
+    last = exists & ~np.concatenate([exists[..., 1:], np.zeros_like(exists[..., :1])], axis=-1)
+    tokens = np.full((*paths.shape, options.digits + 1), ARROW, np.int64)
+    tokens[..., :-1] = node_tokens(paths, options)
+    tokens[last, -1] = EOS
+    tokens[~exists] = PAD
+    return tokens.reshape(*paths.shape[:-1], -1)
+
+
+def next_tokens(
+    adjacency: NDArray[np.bool_],
+    starts: NDArray[np.integer],
+    paths: NDArray[np.integer],
+    through: NDArray[np.bool_],
+    ends: NDArray[np.bool_],
+    options: ReachabilityOptions,
+) -> NDArray[np.bool_]:
+    """For every token of answers, the tokens that could stand in its place, given the tokens before it.
+
+    Inside a node those that go on to a child that counts, after a node an arrow if it has such children, and the end
+    where it may end.
 
     Args:
-        answer: tokens as :func:`answer_ids` writes them, a legal path to ``problem.answer``.
+        adjacency, starts, through: as for :func:`random_walks`.
+        paths: its result, ``[G, Q, steps]``.
+        ends: bool ``[G, Q, N]`` (or what broadcasts to it), the nodes at which an answer may end.
 
     Returns:
-        One set per token of ``answer``; each contains that token.
+        bool ``[G, Q, steps * (digits + 1), vocabulary]``, in the layout of :func:`answer_tokens`; false on padding.
     """
-    way, digits = problem.on_the_way(), options.digits
-    path = parse_answer(answer, options)
-    if path is None or not check_answer(problem, answer, options).correct:
-        raise ValueError(f"right_tokens: answer is {list(answer)}, expected a path to {problem.answer} and its end")
-    right: list[frozenset[int]] = []
-    for parent, node in zip((problem.root, *path), path, strict=False):
-        words = [node_ids(child, options) for child in problem.children(parent) if child in way]
-        chosen = node_ids(node, options)
-        right += [frozenset(w[place] for w in words if w[:place] == chosen[:place]) for place in range(digits)]
-        right.append(frozenset({EOS if node == problem.answer else ARROW}))
-    return right
+    radix, digits = options.radix, options.digits
+    flat, exists = np.maximum(paths, 0), paths >= 0
+    before = np.concatenate([starts[..., None], flat[..., :-1]], axis=-1)
+    graph = np.arange(len(adjacency))[:, None, None]
+    children = adjacency[graph, before] & through[..., None, :]
+    further = (adjacency[graph, flat] & through[..., None, :]).any(axis=-1)
+    allowed = np.zeros((*paths.shape, digits + 1, options.vocab_size), np.bool_)
+    for place in range(digits):
+        # The names whose first digits are those of the path's node, by the digit at this place.
+        tail = radix ** (digits - place)
+        words = children.reshape(*paths.shape, radix**place, radix, tail // radix)
+        same = np.take_along_axis(words, (flat // tail)[..., None, None, None], axis=-3).squeeze(-3)
+        first = FIRST_DIGIT + radix * (place > 0)
+        allowed[..., place, first : first + radix] = same.any(axis=-1)
+    allowed[..., digits, ARROW] = further
+    may_end = np.broadcast_to(ends, (*paths.shape[:2], ends.shape[-1]))
+    allowed[..., digits, EOS] = np.take_along_axis(may_end, flat, axis=-1)
+    allowed &= exists[..., None, None]
+    return allowed.reshape(*paths.shape[:2], -1, options.vocab_size)
+
+
+def right_masks(batch: ProblemBatch, paths: NDArray[np.integer], options: ReachabilityOptions) -> NDArray[np.bool_]:
+    """The tokens with which some path to the reachable target goes on: :func:`next_tokens` on right ``paths``."""
+    at_answer = _one_hot(batch.answers, options.num_names)
+    return next_tokens(batch.adjacency, batch.roots, paths, batch.on_the_way(), at_answer, options)
+
+
+def legal_masks(batch: ProblemBatch, paths: NDArray[np.integer], options: ReachabilityOptions) -> NDArray[np.bool_]:
+    """:func:`legal_tokens` in the place of every token of legal ``paths``, as :func:`next_tokens` returns them."""
+    first, second = (_one_hot(batch.targets[..., place], options.num_names) for place in (0, 1))
+    at_target = first | second
+    return next_tokens(batch.adjacency, batch.roots, paths, np.ones((1, 1, 1), np.bool_), at_target, options)
 
 
 def to_text(ids: Iterable[int], options: ReachabilityOptions) -> str:
@@ -312,43 +473,163 @@ def to_text(ids: Iterable[int], options: ReachabilityOptions) -> str:
     return joined(ids, token_strings(options))
 
 
-def _random_graph(options: ReachabilityOptions, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """An adjacency matrix ``[num_nodes, num_nodes]``: one random parent each, and further edges uniformly."""
-    size, nodes = options.layer_size, options.num_nodes
-    layer = np.arange(nodes) // size
-    adjacency = np.zeros((nodes, nodes), np.bool_)
-    later = np.arange(size, nodes)
-    adjacency[(layer[later] - 1) * size + rng.integers(size, size=len(later)), later] = True
-    free = np.flatnonzero((layer[None, :] - layer[:, None] == 1) & ~adjacency)
-    adjacency.flat[rng.choice(free, options.num_edges - len(later), replace=False)] = True
-    return adjacency
-
-
-def _reachability(adjacency: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """``[num_nodes, num_nodes]``: whether a path of any length, zero included, leads from row to column."""
-    reach = adjacency | np.eye(len(adjacency), dtype=np.bool_)
-    for _ in range(len(adjacency).bit_length()):
-        reach = reach @ reach
-    return reach
-
-
-def _roots(
-    adjacency: NDArray[np.bool_], reach: NDArray[np.bool_], options: ReachabilityOptions, hops: int
+def _suitable_graphs(
+    options: ReachabilityOptions, hops: NDArray[np.integer], split: Split, distinct: bool, rng: np.random.Generator
 ) -> NDArray[np.bool_]:
-    """``[root, answer, other]``: may the root be asked for these targets? Both lie ``hops`` layers below it."""
-    layer = np.arange(options.num_nodes) // options.layer_size
-    below = layer[None, :] - layer[:, None] == hops
-    branching = adjacency.sum(axis=1) >= 2
-    allowed: NDArray[np.bool_] = (reach & below)[:, :, None] & (~reach & below)[:, None, :] & branching[:, None, None]
-    return allowed
+    """Graphs, as :func:`_random_graphs` draws them, that offer what the rows of ``hops`` ask for."""
+    tries = _TEST_SHARE if split == "test" else 2  # graphs drawn at once for one that is needed
+    kept = np.zeros((len(hops), options.layers - 1, options.layer_size, options.layer_size), np.bool_)
+    prints = np.zeros(len(hops), np.uint64)
+    missing, futile = np.arange(len(hops)), 0
+    while len(missing):
+        most = _MAX_CELLS // (tries * options.layers * options.layer_size**4)
+        rows = missing[: max(1, most)]
+        steps = _random_graphs(options, len(rows) * tries, rng)
+        found = np.arange(len(steps))
+        for count in np.unique(hops[rows])[::-1].tolist():  # the most hops first, which the fewest graphs offer
+            offered = ~(hops[rows] == count).any(axis=1)[found // tries]
+            unsure = np.flatnonzero(~offered)
+            offered[unsure] = _twins(steps[found[unsure]], count).any(axis=(1, 2, 3, 4, 5))
+            found = found[offered]
+        drawn = _fingerprints(_adjacency(steps[found], options))
+        usable = (drawn % np.uint64(_TEST_SHARE) == 0) == (split == "test")
+        if distinct:
+            first = np.zeros_like(usable)
+            first[np.unique(np.where(usable, drawn, 0), return_index=True)[1]] = True
+            usable &= first & ~np.isin(drawn, np.delete(prints, missing))
+        found, drawn = found[usable], drawn[usable]
+        served, first_of = np.unique(found // tries, return_index=True)
+        kept[rows[served]], prints[rows[served]] = steps[found[first_of]], drawn[first_of]
+        missing = np.setdiff1d(missing, rows[served])
+        tries = min(2 * tries, _MAX_TRIES)  # what is still missing is rare
+        futile = 0 if len(served) else futile + len(steps)
+        if futile >= _MAX_DRAWS:
+            raise ValueError(
+                f"twin_batch: no{' new' * distinct} {split} graph of {options} offers hops {hops[missing[0]].tolist()} "
+                f"in {futile} draws; {len(hops) - len(missing)} of {len(hops)} were found"
+            )
+    return kept
 
 
-def _target_pairs(
-    adjacency: NDArray[np.bool_], reach: NDArray[np.bool_], options: ReachabilityOptions, hops: int
-) -> NDArray[np.intp]:
-    """``[pairs, 2]``: the targets for which there are twins, a root for either one."""
-    asked = _roots(adjacency, reach, options, hops).any(axis=0)
-    return np.argwhere(asked & asked.T)
+def _random_graphs(options: ReachabilityOptions, count: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """``[count, layers - 1, layer_size, layer_size]``: does an edge lead from a node of a layer to one of the next?
+
+    One random parent for each node beyond the first layer, and further edges uniformly.
+    """
+    levels, size = options.layers - 1, options.layer_size
+    order = rng.random((count, levels, size, size))
+    parents = rng.integers(size, size=(count, levels, 1, size))
+    np.put_along_axis(order, parents, -1.0, axis=2)
+    chosen = order.reshape(count, -1).argpartition(options.num_edges - 1, axis=1)[:, : options.num_edges]
+    graphs = np.zeros((count, levels * size * size), np.bool_)
+    np.put_along_axis(graphs, chosen, True, axis=1)
+    return graphs.reshape(order.shape)
+
+
+def _adjacency(steps: NDArray[np.bool_], options: ReachabilityOptions) -> NDArray[np.uint64]:
+    """Matrices ``[G, n, n]`` of graphs as :func:`_random_graphs` draws them, layer after layer."""
+    size, nodes = options.layer_size, options.num_nodes
+    matrices = np.zeros((len(steps), nodes, nodes), np.uint64)
+    for level in range(options.layers - 1):
+        here, below = level * size, (level + 1) * size
+        matrices[:, here:below, below : below + size] = steps[:, level]
+    return matrices
+
+
+def _twins(steps: NDArray[np.bool_], hops: int) -> NDArray[np.bool_]:
+    """All twins: ``[G, layer of the roots, root, twin's root, answer, twin's answer]``, places within layers.
+
+    The answers lie ``hops`` layers below the roots. Only its own answer can be reached from a root; the roots have
+    equally many children, at least two, and equally many parents.
+    """
+    graphs, levels, size, _ = steps.shape
+    tops = levels + 1 - hops
+    reach = steps[:, :tops]
+    for further in range(1, hops):
+        reach = reach.astype(np.float32) @ steps[:, further : further + tops].astype(np.float32) > 0
+    children, parents = steps.sum(axis=3), np.zeros((graphs, levels, size), np.int64)
+    parents[:, 1:] = steps[:, :-1].sum(axis=2)
+    degrees = (children * (size + 1) + parents)[:, :tops]
+    equal = (degrees[..., :, None] == degrees[..., None, :]) & (children[:, :tops, :, None] >= 2)
+    asked = reach[..., :, None] & ~reach[..., None, :]
+    twins: NDArray[np.bool_] = asked[:, :, :, None] & asked.swapaxes(-1, -2)[:, :, None] & equal[..., None, None]
+    return twins
+
+
+def _chosen_twins(
+    options: ReachabilityOptions, steps: NDArray[np.bool_], hops: NDArray[np.integer], rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Random twins on graphs that offer them: roots ``[G, Q]``, answers ``[G, Q]`` and hops ``[G, Q]``."""
+    roots = np.zeros((*hops.shape, 2), np.int64)
+    answers = np.zeros_like(roots)
+    for count in np.unique(hops).tolist():
+        graph, pair = np.nonzero(hops == count)
+        found = _twins(steps, count)
+        place = random_true(found.reshape(len(steps), -1)[graph], rng)
+        layer, *places = np.unravel_index(place, found.shape[1:])
+        nodes = np.stack(places, axis=-1) + layer[:, None] * options.layer_size
+        roots[graph, pair], answers[graph, pair] = nodes[:, :2], nodes[:, 2:] + count * options.layer_size
+    shape = (len(hops), 2 * hops.shape[1])
+    return roots.reshape(shape), answers.reshape(shape), np.repeat(hops, 2, axis=1).astype(np.int64)
+
+
+def _named(
+    options: ReachabilityOptions,
+    steps: NDArray[np.bool_],
+    roots: NDArray[np.int64],
+    answers: NDArray[np.int64],
+    hops: NDArray[np.int64],
+    rng: np.random.Generator,
+) -> ProblemBatch:
+    """Give the nodes random names, and edges and targets random orders."""
+    graphs, questions = roots.shape
+    graph = np.arange(graphs)[:, None]
+    every = np.broadcast_to(np.arange(options.num_names), (graphs, options.num_names))
+    names = rng.permuted(every, axis=1)[:, : options.num_nodes]
+    heads, tails = np.nonzero(_adjacency(steps, options))[1:]
+    order = rng.permuted(np.broadcast_to(np.arange(options.num_edges), (graphs, options.num_edges)), axis=1)
+    edges = np.stack([heads, tails], axis=-1).reshape(graphs, options.num_edges, 2)[graph, order]
+    edges = names[graph[..., None], edges]
+    adjacency = np.zeros((graphs, options.num_names, options.num_names), np.bool_)
+    adjacency[graph, edges[..., 0], edges[..., 1]] = True
+    twins = answers.reshape(graphs, -1, 1, 2)
+    targets = rng.permuted(np.broadcast_to(twins, (graphs, questions // 2, 2, 2)), axis=-1)
+    return ProblemBatch(
+        edges=edges,
+        roots=names[graph, roots],
+        targets=names[graph[..., None], targets.reshape(graphs, questions, 2)],
+        answers=names[graph, answers],
+        hops=hops,
+        adjacency=adjacency,
+    )
+
+
+def random_true(mask: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.int64]:
+    """The index of a random true element along the last axis, 0 where there is none."""
+    counted = mask.cumsum(axis=-1)
+    wanted = rng.integers(np.maximum(counted[..., -1], 1))
+    found: NDArray[np.int64] = (counted > wanted[..., None]).argmax(axis=-1)
+    return found
+
+
+def _one_hot(nodes: NDArray[np.integer], count: int) -> NDArray[np.bool_]:
+    """``[..., count]``: true at the node."""
+    found: NDArray[np.bool_] = nodes[..., None] == np.arange(count)
+    return found
+
+
+def _fingerprints(adjacency: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """:func:`graph_fingerprint` of matrices ``[G, n, n]`` that count the edges; nodes without edges do not matter."""
+    occurs = adjacency.any(axis=1) | adjacency.any(axis=2)
+    rounds = occurs.sum(axis=1, keepdims=True)
+    colours = np.ones(occurs.shape, np.uint64)
+    upwards = adjacency.swapaxes(1, 2)
+    for done in range(int(rounds.max(initial=0))):
+        below = (adjacency @ _mix(colours, 1)[..., None])[..., 0]
+        above = (upwards @ _mix(colours, 2)[..., None])[..., 0]
+        colours = np.where(done < rounds, _mix(colours + _mix(below, 3) + _mix(above, 4), 5), colours)
+    total: NDArray[np.uint64] = np.where(occurs, _mix(colours, 6), np.uint64(0)).sum(axis=1, dtype=np.uint64)
+    return total
 
 
 def _mix(values: NDArray[np.uint64], salt: int) -> NDArray[np.uint64]:

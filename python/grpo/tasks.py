@@ -48,12 +48,9 @@ def _adds_up(problem: arithmetic.Problem, options: arithmetic.ArithmeticOptions,
 
 
 def _reachability_questions(split: reachability.Split, count: int, rng: np.random.Generator) -> list[Question]:
-    """Twins, a graph for each pair: ``count`` is even."""
-    problems = [
-        problem
-        for _ in range(count // 2)
-        for problem in reachability.twin_problems(REACHABILITY, [HOPS], split=split, rng=rng)
-    ]
+    """Twins, a graph for each pair: ``count`` is even. No two held-out graphs are the same."""
+    hops = np.full((count // 2, 1), HOPS)
+    problems = reachability.twin_batch(REACHABILITY, hops, split=split, rng=rng, distinct=split == "test").problems()
     return [Question(reachability.prompt_ids(p, REACHABILITY), partial(_leads_there, p)) for p in problems]
 
 

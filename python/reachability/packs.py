@@ -13,19 +13,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lbr_kernels.evaluation.reachability import (
     ARROW,
-    PAD,
     ROOT,
-    Problem,
     ReachabilityOptions,
-    answer_ids,
-    node_ids,
-    prompt_ids,
-    right_tokens,
-    twin_problems,
+    answer_tokens,
+    graph_tokens,
+    legal_masks,
+    next_tokens,
+    node_tokens,
+    prompt_tokens,
+    random_true,
+    random_walks,
+    right_masks,
+    twin_batch,
 )
 
 
@@ -36,7 +40,9 @@ class Pack:
     ``tokens``, ``positions`` ``[B, T]`` and ``visible`` bool ``[B, T, T]`` are what a ``TokenTree`` starts from.
     ``answers [B, S]`` are the slots of the answers' tokens, and ``targets [B, S]`` those tokens, ``PAD`` where an
     answer is shorter. ``right`` bool ``[B, S, vocabulary]`` marks the tokens that lead to the reachable target; it is
-    all false on padding and in walks.
+    all false on padding and in walks. ``legal``, of the same shape, marks the tokens that are legal in the place of an
+    answer's token wherever they lead (``reachability.legal_tokens``); a walk has no targets and may end where there are
+    no children. It is all false on padding.
     """
 
     tokens: Tensor
@@ -45,55 +51,59 @@ class Pack:
     answers: Tensor
     targets: Tensor
     right: Tensor
+    legal: Tensor
 
 
 def training_pack(
     options: ReachabilityOptions, hops: Sequence[int], *, graphs: int, pairs: int, walks: int, rng: np.random.Generator
 ) -> Pack:
     """A pack of ``graphs`` new training graphs, each with ``2 * pairs`` questions, ``hops`` at random, and walks."""
-    answer_length = options.max_answer_length
-    rows: list[list[int]] = []
-    right = np.zeros((graphs, 2 * pairs + walks, answer_length, options.vocab_size), np.bool_)
-    for graph in range(graphs):
-        counts = [int(count) for count in rng.choice(hops, max(pairs, 1))]
-        problems = twin_problems(options, counts, split="train", rng=rng)
-        branches = []
-        for index, problem in enumerate(problems[: 2 * pairs]):
-            answer = answer_ids(problem.random_path(rng), options)
-            branches.append((prompt_ids(problem, options)[options.graph_length :], answer))
-            for place, choices in enumerate(right_tokens(problem, answer, options)):
-                right[graph, index, place, list(choices)] = True
-        branches += [_walk(problems[0], options, rng) for _ in range(walks)]
-        row = prompt_ids(problems[0], options)[: options.graph_length]
-        for question, answer in branches:
-            row += question + answer + [PAD] * (answer_length - len(answer))
-        rows.append(row)
+    batch = twin_batch(options, rng.choice(hops, (graphs, pairs)), split="train", rng=rng)
+    paths = np.full((graphs, 2 * pairs, options.max_hops), -1)
+    found = batch.random_paths(rng)
+    paths[..., : found.shape[-1]] = found
+    questions = prompt_tokens(batch, options)[:, :, options.graph_length :]
+    right, legal = right_masks(batch, paths, options), legal_masks(batch, paths, options)
+    parts = [graph_tokens(batch, options), _joined(questions, answer_tokens(paths, options))]
+
+    sources = np.zeros((graphs, walks, options.num_names), np.bool_)  # the nodes that have children
+    graph, node, _ = np.nonzero(batch.adjacency)
+    sources[graph, :, node] = True
+    starts = random_true(sources, rng)
+    everywhere = np.ones_like(sources)
+    walked = random_walks(batch.adjacency, starts, everywhere, options.max_hops, rng)
+    parts.append(_joined(_walk_questions(starts, options), answer_tokens(walked, options)))
+    may_go = next_tokens(batch.adjacency, starts, walked, everywhere, ~sources, options)
+    tokens = torch.from_numpy(np.concatenate(parts, axis=1))
 
     # All rows have one layout. `branch` says for every slot which branch it is in, -1 in the trunk.
-    trunk = options.graph_length
-    lengths = np.array([len(question) + answer_length for question, _ in branches])
-    starts = trunk + np.cumsum(lengths) - lengths
-    branch = np.concatenate([np.full(trunk, -1), np.repeat(np.arange(len(branches)), lengths)])
+    trunk, answer_length = options.graph_length, options.max_answer_length
+    lengths = np.repeat([questions.shape[-1] + answer_length, options.digits + 2 + answer_length], [2 * pairs, walks])
+    begins = trunk + np.cumsum(lengths) - lengths
+    branch = np.concatenate([np.full(trunk, -1), np.repeat(np.arange(len(lengths)), lengths)])
     positions = np.arange(len(branch))
-    positions[trunk:] -= np.repeat(starts - trunk, lengths)
+    positions[trunk:] -= np.repeat(begins - trunk, lengths)
     visible = np.tril((branch[None, :] == -1) | (branch[None, :] == branch[:, None]))
-    answers = torch.from_numpy(((starts + lengths)[:, None] - np.arange(answer_length, 0, -1)).reshape(-1))
-    tokens = torch.tensor(rows)
+    answers = torch.from_numpy(((begins + lengths)[:, None] - np.arange(answer_length, 0, -1)).reshape(-1))
     return Pack(
         tokens=tokens,
         positions=torch.from_numpy(positions).expand(graphs, -1),
         visible=torch.from_numpy(visible).expand(graphs, -1, -1),
         answers=answers.expand(graphs, -1),
         targets=tokens[:, answers],
-        right=torch.from_numpy(right).flatten(1, 2),
+        right=torch.from_numpy(np.concatenate([right, np.zeros_like(may_go)], axis=1)).flatten(1, 2),
+        legal=torch.from_numpy(np.concatenate([legal, may_go], axis=1)).flatten(1, 2),
     )
 
 
-def _walk(problem: Problem, options: ReachabilityOptions, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Question and answer of a random walk on the problem's graph."""
-    node = start = int(rng.choice(sorted({u for u, _ in problem.edges})))
-    path = []
-    while children := problem.children(node):
-        node = int(rng.choice(children))
-        path.append(node)
-    return [ROOT, *node_ids(start, options), ARROW], answer_ids(path, options)
+def _joined(questions: NDArray[np.int64], answers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Branches ``[G, tokens]``: every question before its answer."""
+    return np.concatenate([questions, answers], axis=-1).reshape(len(questions), -1)
+
+
+def _walk_questions(starts: NDArray[np.int64], options: ReachabilityOptions) -> NDArray[np.int64]:
+    """``[R] start ->`` for starts ``[G, W]``: ``[G, W, digits + 2]``."""
+    questions = np.full((*starts.shape, options.digits + 2), ARROW)
+    questions[..., 0] = ROOT
+    questions[..., 1:-1] = node_tokens(starts, options)
+    return questions
