@@ -34,21 +34,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lbr_kernels.evaluation.digits import digit_ids, digit_tokens, joined
 
-Split: TypeAlias = Literal["train", "test"]
+Split: TypeAlias = Literal["train", "validation", "test"]
 Edge: TypeAlias = tuple[int, int]
 
 SPECIAL_TOKENS = ("[PAD]", "[EOS]", "->", ",", "[Q]", "[OR]", "[R]")
 PAD, EOS, ARROW, COMMA, QUERY, OR, ROOT = range(len(SPECIAL_TOKENS))
 FIRST_DIGIT = len(SPECIAL_TOKENS)
 
-_TEST_SHARE = 8  # one graph in eight belongs to the test split
+_SHARE = 8  # one graph in eight belongs to the test split, another one to validation
+_SPLITS: dict[int, Split] = {0: "test", 1: "validation"}  # by the fingerprint's remainder; the others are for training
 _MAX_DRAWS = 100_000  # in a row without a suitable graph
 _MAX_TRIES = 256  # at once, for one graph
 _MAX_CELLS = 2**22  # of the largest array of a draw
@@ -214,8 +215,8 @@ def twin_batch(
     for count in np.unique(asked).tolist():
         if not 1 <= count <= options.max_hops:
             raise ValueError(f"twin_batch: hops holds {count}, expected 1 to {options.max_hops}")
-    if split not in ("train", "test"):
-        raise ValueError(f"twin_batch: split is {split!r}, expected 'train' or 'test'")
+    if split not in get_args(Split):
+        raise ValueError(f"twin_batch: split is {split!r}, expected 'train', 'validation' or 'test'")
     steps = _suitable_graphs(options, asked, split, distinct, rng)
     return _named(options, steps, *_chosen_twins(options, steps, asked, rng), rng)
 
@@ -231,8 +232,10 @@ def twin_problems(
     return twin_batch(options, [hops], split=split, rng=rng).problems()
 
 
-def evaluation_problems(options: ReachabilityOptions, count: int, *, hops: Sequence[int], seed: int) -> list[Problem]:
-    """``count`` problems of the test split, a new graph for every pair of twins, ``hops`` in turn.
+def evaluation_problems(
+    options: ReachabilityOptions, count: int, *, hops: Sequence[int], seed: int, split: Split = "test"
+) -> list[Problem]:
+    """``count`` problems of a split, a new graph for every pair of twins, ``hops`` in turn.
 
     No two of the graphs have the same fingerprint. Raises ``ValueError`` for an odd or non-positive ``count``, and as
     :func:`twin_batch` does, which it also does if there are not enough different graphs of this size.
@@ -240,7 +243,7 @@ def evaluation_problems(options: ReachabilityOptions, count: int, *, hops: Seque
     if count < 1 or count % 2:
         raise ValueError(f"evaluation_problems: count is {count}, expected a positive even number")
     in_turn = np.resize(np.asarray(hops), (count // 2, 1))
-    return twin_batch(options, in_turn, split="test", rng=np.random.default_rng(seed), distinct=True).problems()
+    return twin_batch(options, in_turn, split=split, rng=np.random.default_rng(seed), distinct=True).problems()
 
 
 def random_walks(
@@ -288,7 +291,7 @@ def graph_fingerprint(edges: Iterable[Sequence[int]] | NDArray[np.integer]) -> i
 
 def split_of(edges: Iterable[Sequence[int]] | NDArray[np.integer]) -> Split:
     """The split a graph belongs to."""
-    return "test" if graph_fingerprint(edges) % _TEST_SHARE == 0 else "train"
+    return _SPLITS.get(graph_fingerprint(edges) % _SHARE, "train")
 
 
 def token_strings(options: ReachabilityOptions) -> list[str]:
@@ -477,7 +480,7 @@ def _suitable_graphs(
     options: ReachabilityOptions, hops: NDArray[np.integer], split: Split, distinct: bool, rng: np.random.Generator
 ) -> NDArray[np.bool_]:
     """Graphs, as :func:`_random_graphs` draws them, that offer what the rows of ``hops`` ask for."""
-    tries = _TEST_SHARE if split == "test" else 2  # graphs drawn at once for one that is needed
+    tries = 2 if split == "train" else _SHARE  # graphs drawn at once for one that is needed
     kept = np.zeros((len(hops), options.layers - 1, options.layer_size, options.layer_size), np.bool_)
     prints = np.zeros(len(hops), np.uint64)
     missing, futile = np.arange(len(hops)), 0
@@ -492,7 +495,9 @@ def _suitable_graphs(
             offered[unsure] = _twins(steps[found[unsure]], count).any(axis=(1, 2, 3, 4, 5))
             found = found[offered]
         drawn = _fingerprints(_adjacency(steps[found], options))
-        usable = (drawn % np.uint64(_TEST_SHARE) == 0) == (split == "test")
+        usable = np.isin(
+            drawn % np.uint64(_SHARE), [part for part in range(_SHARE) if _SPLITS.get(part, "train") == split]
+        )
         if distinct:
             first = np.zeros_like(usable)
             first[np.unique(np.where(usable, drawn, 0), return_index=True)[1]] = True

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from forest import Forest
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from lbr_kernels.evaluation.reachability import (
     ARROW,
     ROOT,
     ReachabilityOptions,
+    Split,
     answer_tokens,
     graph_tokens,
     legal_masks,
@@ -37,28 +39,33 @@ from lbr_kernels.evaluation.reachability import (
 class Pack:
     """B graphs with the same number of branches. S is the number of answer tokens of a row, padding included.
 
-    ``tokens``, ``positions`` ``[B, T]`` and ``visible`` bool ``[B, T, T]`` are what a ``TokenTree`` starts from.
-    ``answers [B, S]`` are the slots of the answers' tokens, and ``targets [B, S]`` those tokens, ``PAD`` where an
-    answer is shorter. ``right`` bool ``[B, S, vocabulary]`` marks the tokens that lead to the reachable target; it is
-    all false on padding and in walks. ``legal``, of the same shape, marks the tokens that are legal in the place of an
-    answer's token wherever they lead (``reachability.legal_tokens``); a walk has no targets and may end where there are
-    no children. It is all false on padding.
+    ``forest`` holds them, ``answers [B, S]`` the slots of the answers' tokens, and ``targets [B, S]`` those tokens,
+    ``PAD`` where an answer is shorter; the answers of one branch are S / branches slots in a row. ``right`` bool
+    ``[B, S, vocabulary]`` marks the tokens that lead to the reachable target; it is all false on padding and in walks.
+    ``legal``, of the same shape, marks the tokens that are legal in the place of an answer's token wherever they lead
+    (``reachability.legal_tokens``); a walk has no targets and may end where there are no children. It is all false on
+    padding.
     """
 
-    tokens: Tensor
-    positions: Tensor
-    visible: Tensor
+    forest: Forest
     answers: Tensor
     targets: Tensor
     right: Tensor
     legal: Tensor
 
+    def to(self, device: torch.device) -> Pack:
+        """The same on another device."""
+        forest = Forest(self.forest.tokens.to(device), self.forest.parents.to(device))
+        others = (self.answers, self.targets, self.right, self.legal)
+        return Pack(forest, *(tensor.to(device) for tensor in others))
 
-def training_pack(
-    options: ReachabilityOptions, hops: Sequence[int], *, graphs: int, pairs: int, walks: int, rng: np.random.Generator
-) -> Pack:
-    """A pack of ``graphs`` new training graphs, each with ``2 * pairs`` questions, ``hops`` at random, and walks."""
-    batch = twin_batch(options, rng.choice(hops, (graphs, pairs)), split="train", rng=rng)
+
+def make_pack(
+    options: ReachabilityOptions, hops: Sequence[int], *, graphs: int, pairs: int, walks: int,
+    rng: np.random.Generator, split: Split = "train",
+) -> Pack:  # fmt: skip
+    """A pack of ``graphs`` new graphs, each with ``2 * pairs`` questions, ``hops`` at random, and walks."""
+    batch = twin_batch(options, rng.choice(hops, (graphs, pairs)), split=split, rng=rng)
     paths = np.full((graphs, 2 * pairs, options.max_hops), -1)
     found = batch.random_paths(rng)
     paths[..., : found.shape[-1]] = found
@@ -76,19 +83,15 @@ def training_pack(
     may_go = next_tokens(batch.adjacency, starts, walked, everywhere, ~sources, options)
     tokens = torch.from_numpy(np.concatenate(parts, axis=1))
 
-    # All rows have one layout. `branch` says for every slot which branch it is in, -1 in the trunk.
+    # All rows have one layout: behind the trunk one branch after the other, and each begins at the trunk's end.
     trunk, answer_length = options.graph_length, options.max_answer_length
     lengths = np.repeat([questions.shape[-1] + answer_length, options.digits + 2 + answer_length], [2 * pairs, walks])
     begins = trunk + np.cumsum(lengths) - lengths
-    branch = np.concatenate([np.full(trunk, -1), np.repeat(np.arange(len(lengths)), lengths)])
-    positions = np.arange(len(branch))
-    positions[trunk:] -= np.repeat(begins - trunk, lengths)
-    visible = np.tril((branch[None, :] == -1) | (branch[None, :] == branch[:, None]))
+    parents = np.arange(-1, tokens.shape[1] - 1)
+    parents[begins] = trunk - 1
     answers = torch.from_numpy(((begins + lengths)[:, None] - np.arange(answer_length, 0, -1)).reshape(-1))
     return Pack(
-        tokens=tokens,
-        positions=torch.from_numpy(positions).expand(graphs, -1),
-        visible=torch.from_numpy(visible).expand(graphs, -1, -1),
+        forest=Forest(tokens, torch.from_numpy(parents).expand(graphs, -1)),
         answers=answers.expand(graphs, -1),
         targets=tokens[:, answers],
         right=torch.from_numpy(np.concatenate([right, np.zeros_like(may_go)], axis=1)).flatten(1, 2),
