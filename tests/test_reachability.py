@@ -358,7 +358,11 @@ def test_bad_sizes_are_refused():
         evaluation_problems(OPTIONS, 2, hops=(4,), seed=0)
     with pytest.raises(ValueError, match="split is 'dev', expected 'train' or 'test'"):
         twin_batch(OPTIONS, [[1]], split="dev", rng=np.random.default_rng(0))
-    for hops, given in (([1], r"int64 \[1\]"), ([[1.5]], r"float64 \[1, 1\]")):
+    for hops, given in (
+        ([1], r"int64 \[1\]"),
+        (np.zeros((0, 1), int), r"int64 \[0, 1\]"),
+        ([[1.5]], r"float64 \[1, 1\]"),
+    ):
         with pytest.raises(ValueError, match=f"hops is {given}, expected integers"):
             twin_batch(OPTIONS, hops, split="train", rng=np.random.default_rng(0))
     with pytest.raises(ValueError, match="node is 16, expected 0 to 15"):
@@ -479,6 +483,15 @@ def test_training_packs_hold_whole_problems():
             root = ids[-OPTIONS.max_answer_length - 3 :][:2]
             walk = [*root, ids[2], *answer[:-1]]
             assert all(tuple(walk[i : i + 5]) in edges for i in range(0, len(walk) - 3, 3))
+
+
+@pytest.mark.parametrize(("pairs", "walks"), [(0, 2), (1, 0)])
+def test_packs_of_walks_or_questions_alone(pairs, walks):
+    pack = packs.training_pack(OPTIONS, (1,), graphs=2, pairs=pairs, walks=walks, rng=np.random.default_rng(22))
+    assert pack.targets.shape == (2, (2 * pairs + walks) * OPTIONS.max_answer_length)
+    assert pack.right.shape == pack.legal.shape == (*pack.targets.shape, OPTIONS.vocab_size)
+    told = pack.targets != PAD
+    assert pack.legal[told].gather(1, pack.targets[told][:, None]).all()
 
 
 def test_training_runs(tmp_path: Path):

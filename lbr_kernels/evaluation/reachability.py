@@ -210,8 +210,10 @@ def twin_batch(
         ValueError: for a number of hops outside the range, or if no suitable graph turns up.
     """
     asked = np.asarray(hops)
-    if asked.ndim != 2 or not (asked.size == 0 or np.issubdtype(asked.dtype, np.integer)):
-        raise ValueError(f"twin_batch: hops is {asked.dtype} {list(asked.shape)}, expected integers [graphs, pairs]")
+    if asked.ndim != 2 or not len(asked) or not (asked.size == 0 or np.issubdtype(asked.dtype, np.integer)):
+        raise ValueError(
+            f"twin_batch: hops is {asked.dtype} {list(asked.shape)}, expected integers [graphs, pairs] with graphs > 0"
+        )
     for count in np.unique(asked).tolist():
         if not 1 <= count <= options.max_hops:
             raise ValueError(f"twin_batch: hops holds {count}, expected 1 to {options.max_hops}")
@@ -273,6 +275,14 @@ def random_walks(
         node = np.where(going, random_true(children, rng), node)
         path[..., step] = np.where(going, node, -1)
     return path
+
+
+def random_true(mask: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.int64]:
+    """The index of a random true element along the last axis, 0 where there is none."""
+    counted = mask.cumsum(axis=-1)
+    wanted = rng.integers(np.maximum(counted[..., -1], 1))
+    found: NDArray[np.int64] = (counted > wanted[..., None]).argmax(axis=-1)
+    return found
 
 
 def graph_fingerprint(edges: Iterable[Sequence[int]] | NDArray[np.integer]) -> int:
@@ -389,10 +399,10 @@ def prompt_tokens(batch: ProblemBatch, options: ReachabilityOptions) -> NDArray[
     tokens = np.empty((graphs, questions, options.prompt_length), np.int64)
     tokens[:, :, : options.graph_length] = graph_tokens(batch, options)[:, None]
     ends = np.concatenate([batch.targets, batch.roots[..., None]], axis=-1)
-    question = tokens[:, :, options.graph_length : -1].reshape(graphs, questions, 3, options.digits + 1)
+    question = np.empty((*ends.shape, options.digits + 1), np.int64)
     question[..., 0] = QUERY, OR, ROOT
     question[..., 1:] = node_tokens(ends, options)
-    tokens[:, :, options.graph_length : -1] = question.reshape(graphs, questions, -1)
+    tokens[:, :, options.graph_length : -1] = question.reshape(graphs, questions, 3 * (options.digits + 1))
     tokens[:, :, -1] = ARROW
     return tokens
 
@@ -413,7 +423,7 @@ def answer_tokens(paths: NDArray[np.integer], options: ReachabilityOptions) -> N
     tokens[..., :-1] = node_tokens(paths, options)
     tokens[last, -1] = EOS
     tokens[~exists] = PAD
-    return tokens.reshape(*paths.shape[:-1], -1)
+    return tokens.reshape(*paths.shape[:-1], paths.shape[-1] * (options.digits + 1))
 
 
 def next_tokens(
@@ -455,7 +465,7 @@ def next_tokens(
     may_end = np.broadcast_to(ends, (*paths.shape[:2], ends.shape[-1]))
     allowed[..., digits, EOS] = np.take_along_axis(may_end, flat, axis=-1)
     allowed &= exists[..., None, None]
-    return allowed.reshape(*paths.shape[:2], -1, options.vocab_size)
+    return allowed.reshape(*paths.shape[:2], paths.shape[2] * (digits + 1), options.vocab_size)
 
 
 def right_masks(batch: ProblemBatch, paths: NDArray[np.integer], options: ReachabilityOptions) -> NDArray[np.bool_]:
@@ -480,7 +490,7 @@ def _suitable_graphs(
     options: ReachabilityOptions, hops: NDArray[np.integer], split: Split, distinct: bool, rng: np.random.Generator
 ) -> NDArray[np.bool_]:
     """Graphs, as :func:`_random_graphs` draws them, that offer what the rows of ``hops`` ask for."""
-    tries = 2 if split == "train" else _SHARE  # graphs drawn at once for one that is needed
+    tries = 4 if split == "train" else 2 * _SHARE  # graphs drawn at once for one that is needed
     kept = np.zeros((len(hops), options.layers - 1, options.layer_size, options.layer_size), np.bool_)
     prints = np.zeros(len(hops), np.uint64)
     missing, futile = np.arange(len(hops)), 0
@@ -597,7 +607,7 @@ def _named(
     edges = names[graph[..., None], edges]
     adjacency = np.zeros((graphs, options.num_names, options.num_names), np.bool_)
     adjacency[graph, edges[..., 0], edges[..., 1]] = True
-    twins = answers.reshape(graphs, -1, 1, 2)
+    twins = answers.reshape(graphs, questions // 2, 1, 2)
     targets = rng.permuted(np.broadcast_to(twins, (graphs, questions // 2, 2, 2)), axis=-1)
     return ProblemBatch(
         edges=edges,
@@ -607,14 +617,6 @@ def _named(
         hops=hops,
         adjacency=adjacency,
     )
-
-
-def random_true(mask: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.int64]:
-    """The index of a random true element along the last axis, 0 where there is none."""
-    counted = mask.cumsum(axis=-1)
-    wanted = rng.integers(np.maximum(counted[..., -1], 1))
-    found: NDArray[np.int64] = (counted > wanted[..., None]).argmax(axis=-1)
-    return found
 
 
 def _one_hot(nodes: NDArray[np.integer], count: int) -> NDArray[np.bool_]:
