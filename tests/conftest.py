@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -26,6 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     simt_backend.SEED = config.getoption("--simt-seed")
+    # The same examples each time, so that a change is what turns a test red; with --full new ones.
+    hypothesis.settings.register_profile("lbr", derandomize=not config.getoption("--full"))
+    hypothesis.settings.load_profile("lbr")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
