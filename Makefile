@@ -52,7 +52,7 @@ test-full: test test-sanitize gpu-check  ## All of it: other schedules of the CU
 		OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) $(CUDA_TESTS) tests/test_barriers.py tests/test_sample_children_barriers.py tests/test_route_barriers.py -k "(simt or cuda or barriers) and not triton" --simt-seed=$$seed; done
 	$(SANITIZED) $(BIN)/pytest -q -n $(JOBS) --capture=sys $(CUDA_TESTS) -k "(simt or cuda) and not triton" --simt-seed=10
 	$(BIN)/pytest -q bench
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) -m full --full
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) -m "full or hypothesis" --full
 
 gpu-check: $(VENV)/.test  ## Compile the GPU kernels for sm_80, 90, 100: registers, spills, occupancy; fails if one is worse.
 	$(BIN)/python bench/gpu_resources.py check
