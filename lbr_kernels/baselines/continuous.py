@@ -163,7 +163,7 @@ class ContinuousDecoder:
         self.num_thinking = torch.zeros_like(self.num_committed)
         self.scores: list[Tensor] = []
         self.raw_logits: list[Tensor] = []
-        self._forwarded = 0
+        self.num_forwarded = torch.zeros_like(self.num_committed)
         self._mixtures: list[tuple[Tensor, Tensor, Tensor]] = []
         # A tree of one node, which sees the text and itself.
         self._ancestors = torch.ones((1, 1, 1), dtype=torch.int64, device=device)
@@ -189,7 +189,7 @@ class ContinuousDecoder:
                 row_of = self.active.cumsum(0) - 1
             active = self.active
         self.stats.committed_tokens += int(self.num_committed.sum())
-        self.stats.forwarded_nodes += self._forwarded
+        self.stats.forwarded_nodes += int(self.num_forwarded.sum())
         columns = [torch.stack(column, dim=1) for column in zip(*self._mixtures, strict=True)]
         return Mixtures(*columns)
 
@@ -266,7 +266,7 @@ class ContinuousDecoder:
         self.cache.commit(self._sources, num_nodes, backend=None)
         self.cache.committed(all_rows=all_rows)
         self.stats.model_calls += 1
-        self._forwarded += int(forwards.sum())
+        self.num_forwarded += forwards
         return logits[0]
 
 
@@ -307,7 +307,7 @@ def decode(
     mixtures = decoder.run(prompts.logits, prompts.row_of)
     if request.streamer is not None:
         request.streamer.end()
-    returned_cache = prompts.returned_cache(cache, decoder.num_committed, decoder.step, wants_dict=request.wants_dict)
+    returned_cache = prompts.returned_cache(cache, decoder.num_forwarded, decoder.step, wants_dict=request.wants_dict)
     sequences = prompts.with_text(decoder.sequences)
     if not request.wants_dict:
         return sequences

@@ -79,16 +79,20 @@ class Prompts:
         return torch.cat([self.shown, sequences[:, self.shown.shape[1] :]], dim=1)
 
     def returned_cache(
-        self, cache: TreeCache, num_committed: Tensor, num_steps: int, *, wants_dict: bool
+        self, cache: TreeCache, num_forwarded: Tensor, num_steps: int, *, wants_dict: bool
     ) -> DynamicCache | None:
-        """The cache as ``model.generate`` leaves it: everything but the last token; in the caller's object, if any."""
+        """The cache as ``model.generate`` leaves it: everything but the last token; in the caller's object, if any.
+
+        ``num_forwarded [R]`` says how many tokens behind its prompt a row has in ``cache``; ``num_steps`` is what the
+        longest text has committed.
+        """
         wanted = wants_dict or getattr(self.past, "_is_user_defined", False)
         if self.shown is not self.input_ids or not wanted:
             return None
         lens = self.row_lens
         returned = self.past if isinstance(self.past, DynamicCache) else DynamicCache()
         returned.layers = list(
-            cache.to_dynamic_layers(lens + num_committed, self.columns - lens, self.columns + num_steps - 1)
+            cache.to_dynamic_layers(lens + num_forwarded, self.columns - lens, self.columns + num_steps - 1)
         )
         return returned
 
