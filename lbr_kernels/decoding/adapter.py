@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -126,7 +127,8 @@ class ModelAdapter:
         """Forward a layer of nodes.
 
         Args:
-            tokens, positions: int64 ``[B, N]``.
+            tokens: ids, int64 ``[B, N]``, or embeddings ``[B, N, D]`` in their place.
+            positions: int64 ``[B, N]``.
             forward: the cache and the masks.
             select: is given the nodes' hidden states ``[B, N, D]`` and says what the head shall see.
 
@@ -134,11 +136,11 @@ class ModelAdapter:
             The hidden states, and the head's logits after whatever the model does to them.
         """
         with tree_forward(forward, self._configs), few_row_linears(self._linears):
-            return self._call(select, forward.cache, input_ids=tokens, position_ids=positions)
+            return self._call(select, forward.cache, **_named(tokens), position_ids=positions)
 
-    def head_inputs(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """The hidden states ``[B, N, D]`` of a plain forward, as the head would receive them."""
-        return self._call(lambda states: states[:, -1:], cache, input_ids=input_ids)[0]
+    def head_inputs(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """The hidden states ``[B, N, D]`` of a plain forward of ids or embeddings, as the head would receive them."""
+        return self._call(lambda states: states[:, -1:], cache, **_named(tokens))[0]
 
     def _call(self, select: Select, cache: Cache | None, **inputs: Any) -> tuple[Tensor, Tensor]:
         seen: list[Tensor] = []
@@ -174,6 +176,10 @@ class ModelAdapter:
         if len(seen) != 1:
             raise UnsupportedModelError(f"{_name(self.model)} calls its output head {len(seen)} times per forward")
         return seen[0], outputs.logits
+
+
+def _named(tokens: Tensor) -> dict[str, Tensor]:
+    return {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens}
 
 
 # What has passed, by what the outcome depends on; a refusal may have had a cause that goes away.
@@ -221,22 +227,30 @@ def check_model(model: PreTrainedModel) -> ModelReport:
     passed = _reports.setdefault(model, {})
     if key in passed:
         return passed[key]
-    training = [module for module in model.modules() if module.training]
-    try:
-        report = _check(shell_of(model.eval()))  # without the autocast that accelerate puts around a model's forward
-    finally:
-        for module in training:
-            module.training = True
+    with at_rest(model) as resting:
+        report = _check(resting)
     if report.reason is None:
         passed[key] = report
     return report
 
 
-def require_supported(model: PreTrainedModel) -> None:
+@contextmanager
+def at_rest(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The model as checks run it: in evaluation mode, in its own arithmetic; afterwards it is as it was found."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            yield shell_of(model.eval())  # without the autocast that accelerate puts around a model's forward
+    finally:
+        for module in training:
+            module.training = True
+
+
+def require_supported(model: PreTrainedModel, *, caller: str = "generate") -> None:
     """Raise :class:`UnsupportedModelError` if trees are not exact on ``model``."""
     report = check_model(model)
     if report.reason is not None:
-        raise UnsupportedModelError(f"generate: {_name(model)} cannot be decoded with a tree: {report.reason}")
+        raise UnsupportedModelError(f"{caller}: {_name(model)} cannot be decoded with a tree: {report.reason}")
 
 
 def structural_reason(model: PreTrainedModel) -> str | None:
@@ -274,14 +288,12 @@ _MOST_NOISE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, tor
 _WIDTH, _DEPTH = 2, 2
 
 
-@torch.no_grad()
 def _check(model: PreTrainedModel) -> ModelReport:
     reason = structural_reason(model)
     if reason is not None:
         return ModelReport(reason)
     try:
-        with torch.autocast(model.device.type, enabled=False):  # the model's own arithmetic is what is checked
-            return _compare(model)
+        return _compare(model)
     except Exception as error:  # a model's own code can fail in any way, and each is a reason
         return ModelReport(f"a forward of a tree failed ({type(error).__name__}: {error})")
 
@@ -393,8 +405,7 @@ def _rounding_noise(adapter: ModelAdapter, ids: Tensor, fresh: Tensor, generator
     """How far a forward moves when every number of the embeddings is rounded once more, up or down at random."""
 
     def nudge(module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor:
-        sign = torch.randint(2, embedded.shape, generator=generator).to(embedded.device) * 2 - 1
-        return (embedded.double() * (1 + sign * torch.finfo(embedded.dtype).eps / 2)).to(embedded.dtype)
+        return rounded_once_more(embedded, generator)
 
     handle = adapter.model.get_input_embeddings().register_forward_hook(nudge)
     try:
@@ -402,6 +413,12 @@ def _rounding_noise(adapter: ModelAdapter, ids: Tensor, fresh: Tensor, generator
     finally:
         handle.remove()
     return relative_error(nudged, fresh)
+
+
+def rounded_once_more(embedded: Tensor, generator: torch.Generator) -> Tensor:
+    """Every number rounded once more, up or down at random."""
+    sign = torch.randint(2, embedded.shape, generator=generator).to(embedded.device) * 2 - 1
+    return (embedded.double() * (1 + sign * torch.finfo(embedded.dtype).eps / 2)).to(embedded.dtype)
 
 
 def relative_error(states: Tensor, expected: Tensor) -> float:

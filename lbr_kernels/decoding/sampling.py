@@ -141,13 +141,7 @@ class ChildSampler:
             ``keep_scores`` also raw and processed logits, fp32 ``[B, F, V]``, if anything expands.
         """
         rows, width = frontier.expands.shape
-        logits, row_of = frontier.logits, frontier.row_of
-        raw = scores = None
-        if len(row_of) and (self.runs_processors or self.keep_scores):
-            raw = logits.new_zeros((rows, width, logits.shape[-1]), dtype=torch.float32)
-            raw[frontier.expands] = logits[row_of].float()
-            scores = self._process(raw, sequences, frontier)
-            logits, row_of = scores[frontier.expands], torch.arange(len(row_of), device=row_of.device)
+        logits, row_of, raw, scores = self.processed(frontier, sequences)
         if len(row_of) == 0:
             tokens = torch.empty((0, self.width), dtype=torch.int64, device=sequences.device)
             log_probs = torch.empty((0, self.width), dtype=torch.float32, device=sequences.device)
@@ -165,6 +159,23 @@ class ChildSampler:
         all_tokens[frontier.expands] = tokens
         all_log_probs[frontier.expands] = log_probs
         return all_tokens.flatten(1), all_log_probs.flatten(1), raw, scores
+
+    def processed(self, frontier: Frontier, sequences: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What the ops draw from, once processors have run that are more than ``self.filters``.
+
+        Returns:
+            Logits ``[U, V]`` and, int64 ``[E]``, the row of them that every slot which expands draws from; with
+            ``keep_scores`` (or processors that run) also raw and processed logits, fp32 ``[B, F, V]``, if anything
+            expands.
+        """
+        rows, width = frontier.expands.shape
+        logits, row_of = frontier.logits, frontier.row_of
+        if len(row_of) == 0 or not (self.runs_processors or self.keep_scores):
+            return logits, row_of, None, None
+        raw = logits.new_zeros((rows, width, logits.shape[-1]), dtype=torch.float32)
+        raw[frontier.expands] = logits[row_of].float()
+        scores = self._process(raw, sequences, frontier)
+        return scores[frontier.expands], torch.arange(len(row_of), device=row_of.device), raw, scores
 
     def _process(self, logits: Tensor, sequences: Tensor, frontier: Frontier) -> Tensor:
         """Run the processors once per slot of the layer, each time on all rows of the batch."""
