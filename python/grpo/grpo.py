@@ -29,11 +29,10 @@ import numpy as np
 import torch
 import typer
 from checkpoint import State, checkpoints, replace_text
-from click import Choice
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rollout import answer, entropies
-from tasks import TASKS
+from tasks import TASKS, one_of
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM
 
@@ -115,7 +114,7 @@ def held_out(state: State, s: Settings) -> dict[str, float]:
 
 
 def main(
-    task: Annotated[str, typer.Argument(click_type=Choice(list(TASKS)))],
+    task: Annotated[str, typer.Argument(parser=one_of(TASKS), metavar="|".join(TASKS))],
     start: Annotated[Path, typer.Argument(help="Directory of the model to begin with.", exists=True, file_okay=False)],
     out: Annotated[Path, typer.Argument(help="Directory of log and checkpoint.", file_okay=False)],
     width: Annotated[int, typer.Option(help="K; 1 is plain GRPO.", min=1)] = 3,

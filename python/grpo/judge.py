@@ -17,9 +17,8 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from click import Choice
 from rollout import answer
-from tasks import TASKS
+from tasks import TASKS, one_of
 from transformers import AutoModelForCausalLM
 
 from lbr_kernels import Router
@@ -28,7 +27,7 @@ PART = 16  # questions that are decoded together
 
 
 def main(
-    task: Annotated[str, typer.Argument(click_type=Choice(list(TASKS)))],
+    task: Annotated[str, typer.Argument(parser=one_of(TASKS), metavar="|".join(TASKS))],
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of grpo.py, or a model.", exists=True)],
     out: Annotated[Path, typer.Argument(help="The JSON file.", dir_okay=False)],
     width: Annotated[int, typer.Option(min=1)] = 1,

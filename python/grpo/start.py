@@ -18,10 +18,9 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from click import Choice
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from tasks import ARITHMETIC
+from tasks import ARITHMETIC, one_of
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
@@ -57,7 +56,7 @@ def build_model(options: ArithmeticOptions, dim: int, layers: int) -> PreTrained
 
 
 def main(
-    task: Annotated[str, typer.Argument(click_type=Choice(list(ARITHMETIC)))],
+    task: Annotated[str, typer.Argument(parser=one_of(ARITHMETIC), metavar="|".join(ARITHMETIC))],
     out: Annotated[Path, typer.Argument(help="Directory of the model.", file_okay=False)],
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     accuracy: Annotated[float, typer.Option(help="Of sampling, at which to stop.", min=0, max=1)] = 0.4,

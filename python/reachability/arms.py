@@ -52,7 +52,7 @@ class MultiToken(nn.Module):
     def loss(self, states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
         """Mean cross-entropy; ``states [n, A, D]`` before each of A tokens of a text, ``targets [n, A]``."""
         losses = []
-        for offset, linear in enumerate(self.later, start=1):
+        for offset, linear in enumerate(self.later[: targets.shape[1] - 1], start=1):
             early = states[:, :-offset]
             logits = head(early + linear(early))
             losses.append(cross_entropy(logits.flatten(0, 1), targets[:, offset:].flatten(), ignore_index=PAD))
@@ -85,15 +85,12 @@ class Decisions:
         return (cross - count.log()).mean().item()
 
 
-def language_model_loss(
-    model: PreTrainedModel, ahead: MultiToken, states: Tensor, pack: Pack, branches: int
-) -> tuple[Tensor, Tensor]:
+def language_model_loss(model: PreTrainedModel, ahead: MultiToken, states: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the next token and of those after it; ``states [B, S, D]`` in front of the answers' tokens."""
     head = model.get_output_embeddings()
     next_token = cross_entropy(head(states).flatten(0, 1), pack.targets.flatten(), ignore_index=PAD)
-    dim, batch = states.shape[-1], len(states)
-    of_branches = states.reshape(batch * branches, -1, dim), pack.targets.reshape(batch * branches, -1)
-    return next_token, ahead.loss(*of_branches, head)
+    texts = len(states) * pack.branches
+    return next_token, ahead.loss(states.reshape(texts, -1, states.shape[-1]), pack.targets.reshape(texts, -1), head)
 
 
 def mixtures(model: PreTrainedModel, pack: Pack) -> Tensor:
@@ -114,7 +111,7 @@ def mixtures(model: PreTrainedModel, pack: Pack) -> Tensor:
 
 @dataclass(frozen=True)
 class Twigs:
-    """Candidates that hang on a forest's answers, in sets of K. ``slots``, ``valid`` and ``right`` are ``[B, M, K]``."""
+    """Candidates that hang on a forest's answers, in sets of K: ``slots``, ``valid``, ``right`` are ``[B, M, K]``."""
 
     slots: Tensor
     valid: Tensor
@@ -220,8 +217,7 @@ def losses(
     elif arm in ("lbr", "independent"):
         forest, trees = drawn_trees(model, pack, preset.trees)
     hidden = forest.hidden(model, embeds)
-    branches = pack.targets.shape[1] // preset.options.max_answer_length
-    next_token, later = language_model_loss(model, ahead, at(hidden, pack.answers - 1), pack, branches)
+    next_token, later = language_model_loss(model, ahead, at(hidden, pack.answers - 1), pack)
     terms = {"next": next_token, "later": AHEAD_WEIGHT * later}
     if twigs is not None:
         terms["router"] = oracle_decisions(hidden, twigs, cast(Router, routers["1"]), gold=True).loss()

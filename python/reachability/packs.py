@@ -39,14 +39,15 @@ from lbr_kernels.evaluation.reachability import (
 class Pack:
     """B graphs with the same number of branches. S is the number of answer tokens of a row, padding included.
 
-    ``forest`` holds them, ``answers [B, S]`` the slots of the answers' tokens, and ``targets [B, S]`` those tokens,
-    ``PAD`` where an answer is shorter; the answers of one branch are S / branches slots in a row. ``right`` bool
-    ``[B, S, vocabulary]`` marks the tokens that lead to the reachable target; it is all false on padding and in walks.
-    ``legal``, of the same shape, marks the tokens that are legal in the place of an answer's token wherever they lead
-    (``reachability.legal_tokens``); a walk has no targets and may end where there are no children. It is all false on
-    padding.
+    ``forest`` holds them, with so many ``branches`` each; ``answers [B, S]`` are the slots of the answers' tokens, and
+    ``targets [B, S]`` those tokens, ``PAD`` where an answer is shorter; those of one branch stand in a row.
+    ``right`` bool ``[B, S, vocabulary]`` marks the tokens that lead to the reachable target; it is all false on padding
+    and in walks. ``legal``, of the same shape, marks the tokens that are legal in the place of an answer's token
+    wherever they lead (``reachability.legal_tokens``); a walk has no targets and may end where there are no children.
+    It is all false on padding.
     """
 
+    branches: int
     forest: Forest
     answers: Tensor
     targets: Tensor
@@ -57,7 +58,7 @@ class Pack:
         """The same on another device."""
         forest = Forest(self.forest.tokens.to(device), self.forest.parents.to(device))
         others = (self.answers, self.targets, self.right, self.legal)
-        return Pack(forest, *(tensor.to(device) for tensor in others))
+        return Pack(self.branches, forest, *(tensor.to(device) for tensor in others))
 
 
 def make_pack(
@@ -91,6 +92,7 @@ def make_pack(
     parents[begins] = trunk - 1
     answers = torch.from_numpy(((begins + lengths)[:, None] - np.arange(answer_length, 0, -1)).reshape(-1))
     return Pack(
+        branches=len(lengths),
         forest=Forest(tokens, torch.from_numpy(parents).expand(graphs, -1)),
         answers=answers.expand(graphs, -1),
         targets=tokens[:, answers],

@@ -1,0 +1,337 @@
+"""The paper's synthetic study (section 4, appendix B), its baselines, and what it leaves out.
+
+    python python/reachability/study.py run WORK --preset cpu --seed 0 --seed 1 --seed 2
+    python python/reachability/study.py report WORK
+
+``run`` trains and judges whatever WORK does not hold yet, several processes at a time, each on one thread (or on the
+GPU, where there is one). ``report`` draws the figures and writes the table and the JSON that both come from, and
+``demo`` writes the checkpoint that the package ships. Nothing is tuned on test graphs: a checkpoint is chosen by its
+accuracy on graphs of the validation split.
+
+Departures from the paper, which gives neither the model's size nor its data's: layered graphs whose problems come in
+twins (``lbr_kernels.evaluation.reachability``), a small Qwen3 whose first layer begins with heads that look back,
+numbers in base 4 (``gpu``: 2), and what stands in ``arms``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import numpy as np
+import torch
+import typer
+from arms import ARMS, DEPTHS_OF, WIDTHS, Arm, MultiToken, losses, router_quality
+from decode import Way, evaluate, lbr, multiplex, plain, soft
+from model import DEPTHS, PRESETS, Preset, Stage, build_model, build_routers, load, save
+from packs import make_pack
+from probes import identity_states, probe_accuracy, target_states
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from lbr_kernels.evaluation.machine import machine
+from lbr_kernels.evaluation.reachability import Problem, evaluation_problems
+from lbr_kernels.router import Router
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+console = Console(stderr=True)
+
+
+def one_of(names: Collection[str]) -> Callable[[str], str]:
+    """A parser of the command line that takes these names."""
+
+    def parse(value: str) -> str:
+        if value not in names:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(names)}")
+        return value
+
+    return parse
+
+
+Work = Annotated[Path, typer.Argument(help="Where runs are kept.", file_okay=False)]
+Size = Annotated[
+    str, typer.Option("--preset", parser=one_of(PRESETS), metavar="|".join(PRESETS), help="The study's size.")
+]
+Seeds = Annotated[list[int], typer.Option("--seed", help="May be given several times.")]
+KINDS = ("last", "best")  # checkpoints: the last, and the best on validation graphs
+
+
+def device() -> torch.device:
+    """Where everything runs."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def train_stages(
+    arm: Arm,
+    model: PreTrainedModel,
+    ahead: MultiToken,
+    routers: nn.ModuleDict,
+    preset: Preset,
+    stages: tuple[Stage, ...],
+    rng: np.random.Generator,
+    on_step: Callable[[int, dict[str, float]], None],
+) -> None:
+    """Muon for the matrices of the blocks, AdamW for everything else; the rate falls over the second half."""
+    total = sum(stage.steps for stage in stages)
+    blocks = [p for p in model.base_model.layers.parameters() if p.ndim == 2]
+    in_blocks = {id(p) for p in blocks}
+    others = [p for p in (*model.parameters(), *ahead.parameters()) if id(p) not in in_blocks]
+    groups: list[tuple[type[torch.optim.Optimizer], list[nn.Parameter], dict[str, Any]]] = [
+        (torch.optim.Muon, blocks, {"lr": preset.lr, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}),
+        (torch.optim.AdamW, others, {"lr": preset.lr, "betas": (0.9, 0.98)}),
+        (torch.optim.AdamW, list(routers.parameters()), {"lr": preset.router_lr, "betas": (0.9, 0.98)}),
+    ]
+    optimizers = [kind(parameters, **settings) for kind, parameters, settings in groups if parameters]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50, 2 * (1 - step / total)))
+        for optimizer in optimizers
+    ]
+    done = 0
+    for stage in stages:
+        for _ in range(stage.steps):
+            pack = make_pack(
+                stage.options, stage.hops, graphs=preset.graphs, pairs=stage.pairs, walks=stage.walks, rng=rng
+            ).to(model.device)
+            terms = losses(arm, model, ahead, routers, pack, preset)
+            torch.stack(list(terms.values())).sum().backward()
+            nn.utils.clip_grad_norm_([*blocks, *others], 1.0)
+            if len(routers):
+                nn.utils.clip_grad_norm_(routers.parameters(), 1.0)
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+            done += 1
+            on_step(done, {name: value.item() for name, value in terms.items()})
+
+
+def own_way(arm: Arm, routers: dict[int, Router], width: int) -> Way:
+    """What a method's accuracy along the way and its best checkpoint are told by."""
+    ways = {
+        "cot": lambda: plain("greedy", do_sample=False),
+        "soft": lambda: soft("soft", oracle=True, top_n=width),
+        "oracle": lambda: lbr("oracle", routers[1], width=width, do_sample=False, oracle=True),
+        "lbr": lambda: lbr("K=3 L=1", routers[1], width=3),
+        "independent": lambda: lbr("K=3 L=1", routers[1], width=3),
+    }
+    return ways[arm]()
+
+
+@app.command()
+def train(
+    work: Work,
+    arm: Annotated[str, typer.Argument(parser=one_of(["base", *ARMS]), metavar="|".join(["base", *ARMS]))],
+    seed: Annotated[int, typer.Option()] = 0,
+    preset: Size = "cpu",
+) -> None:
+    """Pre-train the model that all methods start from (base), or train one method from it."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    size, folder = PRESETS[preset], work / f"seed-{seed}"
+    torch.manual_seed(seed)
+    model, ahead = build_model(size).to(device()), MultiToken(size.dim).to(device())
+    began = time.perf_counter()
+    if arm == "base":
+        routers = build_routers(model, size, depths=(), independent=False)
+        told: list[dict[str, float]] = []
+
+        def keep(step: int, terms: dict[str, float]) -> None:
+            told.append(terms)
+
+        train_stages("cot", model, ahead, routers, size, size.pretraining, np.random.default_rng([seed, 0]), keep)
+        folder.mkdir(parents=True, exist_ok=True)
+        last = {name: float(np.mean([terms[name] for terms in told[-50:]])) for name in told[-1]}
+        torch.save({"model": model.state_dict(), "ahead": ahead.state_dict()}, folder / "base.pt")
+        _write(folder / "base.json", {"minutes": (time.perf_counter() - began) / 60, "losses": last})
+        return
+    start = torch.load(folder / "base.pt", map_location=device())
+    model.load_state_dict(start["model"])
+    ahead.load_state_dict(start["ahead"])
+    method = cast(Arm, arm)
+    routers = build_routers(model, size, depths=DEPTHS_OF[method], independent=arm == "independent")
+    held_out = evaluation_problems(
+        size.options, size.held_out, hops=size.curriculum[-1].hops, seed=seed, split="validation"
+    )
+    quality_pack = make_pack(
+        size.options, size.curriculum[-1].hops, graphs=40, pairs=6, walks=0, rng=np.random.default_rng([seed, 3]),
+        split="validation",
+    ).to(device())  # fmt: skip
+    total = sum(stage.steps for stage in size.curriculum)
+    curve: list[dict[str, float]] = []
+    best: tuple[float, dict[str, Tensor], dict[str, Tensor]] | None = None
+    evaluating = 0.0
+
+    def judge(step: int, terms: dict[str, float]) -> None:
+        nonlocal best, evaluating
+        if step * size.points // total == (step - 1) * size.points // total:
+            return
+        paused = time.perf_counter()
+        model.eval()
+        by_depth = {int(depth): cast(Router, router).eval() for depth, router in routers.items()}
+        random = torch.random.get_rng_state()  # judging draws nothing from the training's source
+        accuracy = evaluate(own_way(method, by_depth, size.options.radix), model, held_out, size.options, seed).accuracy
+        quality = router_quality(method, model, routers, quality_pack, size)
+        torch.random.set_rng_state(random)
+        model.train()
+        routers.train()
+        evaluating += time.perf_counter() - paused
+        minutes = (time.perf_counter() - began - evaluating) / 60
+        curve.append({"step": step, "minutes": minutes, "accuracy": accuracy, **terms, **quality})
+        console.print(f"{folder.name} {arm} {step}/{total}: {accuracy:.3f} after {minutes:.1f} min", highlight=False)
+        if best is None or accuracy > best[0]:
+            best = accuracy, copy.deepcopy(model.state_dict()), copy.deepcopy(routers.state_dict())
+
+    torch.manual_seed(seed)
+    train_stages(method, model, ahead, routers, size, size.curriculum, np.random.default_rng([seed, 1]), judge)
+    save(model, routers, folder / arm / "last", size.options)
+    assert best is not None
+    model.load_state_dict(best[1])
+    routers.load_state_dict(best[2])
+    save(model, routers, folder / arm / "best", size.options)
+    _write(folder / f"{arm}.json", {"minutes": curve[-1]["minutes"], "curve": curve})
+
+
+# --- judging --------------------------------------------------------------------------------------------------------
+
+
+def ways_of(arm: Arm, routers: dict[int, Router], width: int) -> list[Way]:
+    """All ways in which a method's model is decoded in the end."""
+    if arm == "cot":
+        return [
+            plain("sampled", do_sample=True),
+            plain("greedy", do_sample=False),
+            plain("greedy, oracle", do_sample=False, oracle=True),
+            plain("majority of 3", do_sample=True, votes=3),
+            plain("majority of 9", do_sample=True, votes=9),
+            multiplex("Multiplex Thinking, K=3", width=3),
+            soft("Soft Thinking, untrained", oracle=False, top_n=10),
+        ]
+    if arm == "soft":
+        return [soft("soft, oracle", oracle=True, top_n=width), plain("greedy", do_sample=False)]
+    if arm == "oracle":
+        return [
+            lbr("oracle", routers[1], width=width, do_sample=False, oracle=True),
+            plain("greedy", do_sample=False),
+            plain("greedy, oracle", do_sample=False, oracle=True),
+        ]
+    drawn = [lbr(f"K={k} L={depth}", routers[depth], width=k, depth=depth) for depth in DEPTHS for k in WIDTHS]
+    alone = [plain("sampled", do_sample=True), plain("greedy", do_sample=False), lbr("K=3 L=1, uniform", None, width=3)]
+    return [*alone, *drawn]
+
+
+@app.command()
+def judge(work: Work, seed: Annotated[int, typer.Option()] = 0, preset: Size = "cpu") -> None:
+    """Decode unseen graphs in every way, and fit the probes."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    size, folder, began = PRESETS[preset], work / f"seed-{seed}", time.perf_counter()
+    problems = evaluation_problems(size.options, size.problems, hops=size.curriculum[-1].hops, seed=seed)
+    decoded: dict[str, Any] = {}
+    for arm in ARMS:
+        for kind in KINDS:
+            model, routers = load(folder / arm / kind, device())
+            for way in ways_of(arm, routers, size.options.radix):
+                found = evaluate(way, model, problems, size.options, seed)
+                decoded[f"{arm} {kind}: {way.name}"] = {
+                    "accuracy": found.accuracy,
+                    "legal": sum(found.legal) / len(found.legal),
+                    "by_hops": found.by_hops(problems),
+                    "nodes_per_problem": found.nodes / len(problems),
+                }
+                console.print(f"{folder.name} {arm} {kind}: {way.name}: {found.accuracy:.3f}", highlight=False)
+    probed = {arm: _probes(arm, folder / arm / "last", size, seed) for arm in ARMS}
+    _write(
+        folder / "judged.json",
+        {"minutes": (time.perf_counter() - began) / 60, "decoded": decoded, "probes": probed},
+    )
+
+
+def _probes(arm: Arm, checkpoint: Path, size: Preset, seed: int) -> dict[str, float]:
+    """Accuracies of all probes of one model."""
+    model, _ = load(checkpoint, device())
+    results = {}
+    seen, unseen = (target_states(model, size, size.probed, split=split, seed=seed) for split in ("train", "test"))
+    for (number, place), labelled in seen.items():
+        for kind, train_set, test_set in zip(("name", "order"), labelled, unseen[number, place], strict=True):
+            results[f"target {kind}, branching {number}, {place}"] = probe_accuracy(train_set, test_set)
+    nodes, others = (
+        identity_states(model, size, size.probed, arm, split=split, seed=seed) for split in ("train", "test")
+    )
+    for place, train_set in nodes.items():
+        results[f"node, {place}"] = probe_accuracy(train_set, others[place])
+    return results
+
+
+@app.command(name="time")
+def time_(
+    work: Work,
+    seed: Annotated[int, typer.Option()] = 0,
+    preset: Size = "cpu",
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Time all ways of decoding in turns: seconds per problem, on a machine that does nothing else."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    size, folder = PRESETS[preset], work / f"seed-{seed}"
+    problems: list[Problem] = evaluation_problems(
+        size.options, min(200, size.problems), hops=size.curriculum[-1].hops, seed=seed, split="validation"
+    )
+    loaded = {arm: load(folder / arm / "last", device()) for arm in ARMS}
+    seconds: dict[str, list[float]] = {}
+    for number in range(rounds + 1):
+        for arm, (model, routers) in loaded.items():
+            for way in ways_of(arm, routers, size.options.radix):
+                took = evaluate(way, model, problems, size.options, seed).seconds / len(problems)
+                if number:  # the first round warms up
+                    seconds.setdefault(f"{arm}: {way.name}", []).append(took)
+    _write(work / "times.json", {"threads": threads, "machine": machine(), "seconds_per_problem": seconds})
+
+
+# --- all of it ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    work: Work,
+    seeds: Seeds = [0],  # noqa: B006 - typer reads it
+    preset: Size = "cpu",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
+) -> None:
+    """Train and judge everything that WORK does not hold yet."""
+
+    def call(command: str, seed: int, *arguments: str) -> None:
+        program = [sys.executable, __file__, command, str(work), *arguments, "--seed", str(seed), "--preset", preset]
+        subprocess.run(program, check=True)
+
+    def missing(name: str, seed: int) -> bool:
+        return not (work / f"seed-{seed}" / f"{name}.json").exists()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda seed: call("train", seed, "base"), [seed for seed in seeds if missing("base", seed)]))
+        tasks = [(arm, seed) for seed in seeds for arm in sorted(ARMS, key=list(ARMS).index, reverse=True)]
+        list(pool.map(lambda task: call("train", task[1], task[0]), [task for task in tasks if missing(*task)]))
+        list(pool.map(lambda seed: call("judge", seed), [seed for seed in seeds if missing("judged", seed)]))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app()
