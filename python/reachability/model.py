@@ -75,8 +75,8 @@ def _preset(
 DECIMAL, BINARY = ReachabilityOptions(), ReachabilityOptions(radix=2, digits=4)
 PRESETS = {
     "cpu": _preset(
-        DECIMAL, ReachabilityOptions(layers=2, num_edges=7), (250, 250, 200, 400, 1600),
-        dim=128, layers=4, heads=4, router_dim=64, graphs=6, trees=10, points=10, held_out=300, problems=1200,
+        DECIMAL, ReachabilityOptions(layers=2, num_edges=7), (300, 300, 250, 500, 1650),
+        dim=128, layers=4, heads=4, router_dim=64, graphs=4, trees=10, points=10, held_out=300, problems=1200,
         probed=3000,
     ),
     "gpu": _preset(
