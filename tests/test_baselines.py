@@ -43,8 +43,8 @@ class Row:
 @torch.no_grad()
 def think_row(
     model, prompt: list[int], *, method: str, n: int, steps: int, end: int | None = None, eos: tuple[int, ...] = (),
-    weighting: str = "uniform", do_sample: bool = True, seed: int = 0, stream: int = 0, cold_stop_entropy: float = 0.0,
-    cold_stop_steps: int = 256, temperature: float = 1.0, **filters: float,
+    weighting: str = "uniform", ends_by: str = "first", do_sample: bool = True, seed: int = 0, stream: int = 0,
+    cold_stop_entropy: float = 0.0, cold_stop_steps: int = 256, temperature: float = 1.0, **filters: float,
 ) -> Row:  # fmt: skip
     """One row, one fresh forward of all embeddings per step, in plain Python; shares no code with the package."""
     embed, row, sure, thinking = model.get_input_embeddings(), Row(), 0, True
@@ -59,6 +59,9 @@ def think_row(
             weights = [1.0]
         elif method == "multiplex":
             slots = [draw(log_probs, uniform) for uniform in uniforms]
+            if ends_by == "any" and end in slots:
+                place = slots.index(end)
+                slots[0], slots[place] = slots[place], slots[0]
             raw = [1.0 if weighting == "uniform" else math.exp(log_probs[token]) for token in slots]
             weights = [weight / sum(raw) for weight in raw]
         else:
@@ -156,6 +159,21 @@ def test_the_end_of_thinking(llama):
     torch.testing.assert_close(out.mixtures.log_prob, out.mixtures.log_probs.sum((1, 2)))
 
 
+def test_any_draw_may_end_thinking(llama):
+    """By option: the draw comes first then; it ends thinking earlier than first draws do."""
+    settings = {"width": 4, "max_new_tokens": 12, "return_dict_in_generate": True, **SAMPLED}
+    free = multiplex_thinking(llama, **padded(PROMPTS), generator=seeded(0), **settings)
+    end = int(free.mixtures.tokens[0, 5, 2])
+    assert end not in free.sequences[0, 14:20].tolist()
+    out = multiplex_thinking(
+        llama, **padded(PROMPTS), generator=seeded(0), end_of_thinking=end, ends_by="any", **settings
+    )
+    oracle = {"method": "multiplex", "n": 4, "steps": 12, "end": end, "ends_by": "any", "seed": int(seeded_value(0))}
+    assert_rows(out, [think_row(llama, p, stream=s, **oracle) for s, p in enumerate(PROMPTS)], 14)
+    assert int(out.num_thinking[0]) <= 6
+    assert int(out.sequences[0, 14 + int(out.num_thinking[0]) - 1]) == end
+
+
 @pytest.mark.parametrize("do_sample", [True, False])
 def test_text_after_soft_thinking(llama, do_sample):
     """Greedy or drawn, by the draws of the row's own stream; filters shape thinking in both cases."""
@@ -221,11 +239,14 @@ def test_the_end_of_a_text(llama, method):
         llama, **padded(PROMPTS), max_new_tokens=30, generator=seeded(3), return_dict_in_generate=True,
         **ends, **settings_of(method),
     )  # fmt: skip
+    oracle = {"method": method.__name__.removesuffix("_thinking"), "n": out.mixtures.tokens.shape[2], "steps": 30}
+    oracle |= {"eos": tuple(ends["eos_token_id"]), "seed": int(seeded_value(3))}
+    if method is soft_thinking:
+        oracle["top_k"] = 50  # model.generate's default
+    assert_rows(out, [think_row(llama, p, stream=s, **oracle) for s, p in enumerate(PROMPTS)], 14)
     lengths = out.mixtures.num_committed.tolist()
     assert len(set(lengths)) > 1
     for row, length in zip(out.sequences[:, 14:].tolist(), lengths, strict=True):
-        assert row[length - 1] % 7 == 0 or length == 30
-        assert all(token % 7 for token in row[: length - 1])
         assert set(row[length:]) <= {50}
 
 
@@ -504,6 +525,7 @@ REFUSED = [
     (multiplex_thinking, {"width": True}, ValueError, "width is True, expected an integer >= 1"),
     (multiplex_thinking, {"width": 2.0}, ValueError, r"width is 2\.0, expected an integer >= 1"),
     (multiplex_thinking, {"weighting": "mean"}, ValueError, "weighting is 'mean', expected 'uniform' or 'probability'"),
+    (multiplex_thinking, {"ends_by": "all"}, ValueError, "ends_by is 'all', expected 'first' or 'any'"),
     (multiplex_thinking, {"do_sample": False}, ValueError, "do_sample is False, expected True"),
     (multiplex_thinking, {"do_sample": None}, ValueError, "do_sample is None, expected True"),
     (soft_thinking, {"top_n": 0}, ValueError, "top_n is 0, expected an integer >= 1"),
