@@ -45,9 +45,10 @@ class MultiToken(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.later = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(AHEAD - 1))
-        for linear in self.later:
+        maps = [nn.Linear(dim, dim, bias=False) for _ in range(AHEAD - 1)]
+        for linear in maps:
             nn.init.zeros_(linear.weight)
+        self.later = nn.ModuleList(maps)
 
     def loss(self, states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
         """Mean cross-entropy; ``states [n, A, D]`` before each of A tokens of a text, ``targets [n, A]``."""
@@ -106,7 +107,8 @@ def mixtures(model: PreTrainedModel, pack: Pack) -> Tensor:
         shares = torch.where(there, shares, nn.functional.one_hot(pack.targets, shares.shape[-1]).to(shares.dtype))
     mixed = shares @ embeddings.weight
     slots = pack.answers.unsqueeze(-1).expand_as(mixed)
-    return embeddings(pack.forest.tokens).scatter(1, slots, mixed)
+    inputs: Tensor = embeddings(pack.forest.tokens).scatter(1, slots, mixed)
+    return inputs
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -161,12 +162,14 @@ def save(model: PreTrainedModel, routers: nn.ModuleDict, directory: Path, option
     model.save_pretrained(directory, state_dict=half)
     build_tokenizer(options).save_pretrained(directory)
     for depth, router in routers.items():
-        copy.deepcopy(router).half().save_pretrained(directory / f"router-depth{depth}")
+        half_router: Router = copy.deepcopy(cast(Router, router)).half()
+        half_router.save_pretrained(directory / f"router-depth{depth}")
 
 
 def load(directory: Path, device: torch.device) -> tuple[PreTrainedModel, dict[int, Router]]:
     """What :func:`save` wrote, in fp32."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = model.to(device).eval()
     routers = {
         depth: Router.from_pretrained(found).to(device).eval()
         for depth in DEPTHS

@@ -55,10 +55,9 @@ def target_states(
         number = (branching.cumsum(dim=-1) * branching).flatten(1)
         for which in (1, 2):
             rows, columns = (number == which).nonzero(as_tuple=True)
-            labels = (side[rows, columns // length] for side in (names, second))
-            told = tuple(labels)
+            name, order = (side[rows, columns // length] for side in (names, second))
             for place, where in zip(PLACES, (pack.answers - 1, pack.answers, slots), strict=True):
-                found.setdefault((which, place), []).append((hidden[rows, where[rows, columns]], *told))
+                found.setdefault((which, place), []).append((hidden[rows, where[rows, columns]], name, order))
     parts = {key: [torch.cat(part) for part in zip(*several, strict=True)] for key, several in found.items()}
     return {key: (Labelled(states, names), Labelled(states, second)) for key, (states, names, second) in parts.items()}
 
@@ -102,12 +101,12 @@ def probe_accuracy(train: Labelled, test: Labelled, *, steps: int = 60, decay: f
         optimizer.zero_grad()
         value = cross_entropy(probe(states), train.labels) + decay * probe.weight.square().sum()
         value.backward()
-        return value.item()
+        return float(value)
 
     optimizer.step(loss)
     with torch.no_grad():
         told = probe((test.states - mean) / spread).argmax(dim=1)
-    return (told == test.labels).float().mean().item()
+    return float((told == test.labels).float().mean())
 
 
 def _packs(preset: Preset, count: int, split: Split, seed: int, device: torch.device) -> list[Pack]:

@@ -1,7 +1,7 @@
 """The paper's synthetic study (section 4, appendix B), its baselines, and what it leaves out.
 
-    python python/reachability/study.py run WORK --preset cpu --seed 0 --seed 1 --seed 2
-    python python/reachability/study.py report WORK
+    python python/reachability/synthetic.py run WORK --preset cpu --seed 0 --seed 1 --seed 2
+    python python/reachability/synthetic.py report WORK
 
 ``run`` trains and judges whatever WORK does not hold yet, several processes at a time, each on one thread (or on the
 GPU, where there is one). ``report`` draws the figures and writes the table and the JSON that both come from, and

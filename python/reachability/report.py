@@ -1,0 +1,283 @@
+"""Figures and tables of the synthetic study, from its JSON alone: the same bytes each time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lbr_kernels.evaluation.statistics import mean_interval
+
+COLOURS = {
+    "cot": "#c46a1a", "soft": "#8a6fb0", "oracle": "#2e8b57", "lbr": "#1f5fa8", "independent": "#7fa8cf",
+    "other": "#8b8b8b",
+}  # fmt: skip
+NAMES = {
+    "cot": "Discrete CoT",
+    "soft": "Soft Thinking",
+    "oracle": "LBR, legal candidates",
+    "lbr": "LBR, drawn candidates",
+    "independent": "… independent router",
+}
+DECODED = {
+    "cot": "greedy",
+    "soft": "legal tokens mixed",
+    "oracle": "greedy router",
+    "lbr": "K=3, L=1, sampled",
+    "independent": "K=3, L=1, sampled",
+}
+
+# What the paper's section 4 and appendix B report: figure, quantity, its numbers, where ours are in the JSON.
+Source = tuple[str, ...]
+PAPER: list[tuple[str, str, str, list[Source]]] = [
+    ("4a", "target accuracy, LBR", "0.967", [("decoded", "oracle last: oracle", "accuracy")]),
+    ("4a", "target accuracy, CoT", "0.914", [("decoded", "cot last: greedy", "accuracy")]),
+    ("4a", "target accuracy, Soft Thinking", "0.845", [("decoded", "soft last: soft, oracle", "accuracy")]),
+    ("4a", "router accuracy, beginning → end", "0.943 → 0.978", [("curve", "oracle", "router accuracy")]),
+    ("4a", "divergence at branchings, beginning → end", "0.022 → 0.005", [("curve", "oracle", "router divergence")]),
+    *(
+        (
+            "4b",
+            f"target from {name}, {order} branching, before / right / wrong",
+            numbers,
+            [("probes", arm, f"target name, branching {which}, {place}") for place in ("before", "right", "wrong")],
+        )
+        for name, arm, which, order, numbers in (
+            ("LBR", "oracle", 1, "first", ".33 / .59 / .325"),
+            ("LBR", "oracle", 2, "second", ".38 / .73 / .23"),
+            ("CoT", "cot", 1, "first", ".58 / .63 / .515"),
+            ("CoT", "cot", 2, "second", ".64 / .605 / .405"),
+        )
+    ),
+    *(
+        (
+            "7",
+            f"identity of the first node, {name}, last digit / arrow",
+            numbers,
+            [("probes", arm, f"node, {place}") for place in ("last digit", "arrow")],
+        )
+        for name, arm, numbers in (
+            ("CoT", "cot", "1.000 / 1.000"),
+            ("LBR", "oracle", "1.000 / 1.000"),
+            ("Soft Thinking", "soft", "0.759 / 0.803"),
+        )
+    ),
+]
+
+
+class Study:
+    """The runs of one size, by seed."""
+
+    def __init__(self, path: Path) -> None:
+        self.data: dict[str, Any] = json.loads(path.read_text())
+        self.seeds: list[dict[str, Any]] = list(self.data["seeds"].values())
+
+    def curve(self, arm: str, key: str) -> NDArray[np.float64]:
+        """``[seeds, points]``; NaN where a run has no such figure."""
+        curves = [seed["arms"][arm]["curve"] for seed in self.seeds]
+        return np.array([[point.get(key, np.nan) for point in curve] for curve in curves], dtype=np.float64)
+
+    def decoded(self, way: str, key: str) -> NDArray[np.float64]:
+        """One figure of a way of decoding for each seed, ``[seeds]``."""
+        return np.array([seed["judged"]["decoded"][way][key] for seed in self.seeds], dtype=np.float64)
+
+    def probe(self, arm: str, name: str) -> NDArray[np.float64]:
+        """A probe's accuracy for each seed, ``[seeds]``."""
+        return np.array([seed["judged"]["probes"][arm][name] for seed in self.seeds], dtype=np.float64)
+
+    def ways(self) -> list[str]:
+        """All ways of decoding, without the kind of checkpoint: ``arm: way``."""
+        names = self.seeds[0]["judged"]["decoded"]
+        return [name.replace(" last:", ":") for name in names if " last:" in name]
+
+    def seconds(self, way: str) -> tuple[float, float, float]:
+        """Seconds per problem: the median over rounds, and the quartiles."""
+        rounds = self.data["times"]["seconds_per_problem"][way]
+        low, middle, high = np.quantile(rounds, (0.25, 0.5, 0.75))
+        return float(middle), float(low), float(high)
+
+
+def spread(values: Sequence[float] | NDArray[np.float64]) -> str:
+    """Mean and 95 % interval over seeds."""
+    middle, half = mean_interval(list(map(float, values)))
+    return f"{middle:.3f} ± {half:.3f}" if len(values) > 1 else f"{middle:.3f}"
+
+
+def paper_table(study: Study) -> str:
+    """The paper's numbers beside ours."""
+    lines = ["| figure | what | paper | here |", "|---|---|---|---|"]
+    for figure, what, theirs, sources in PAPER:
+        parts = []
+        for kind, name, key in sources:
+            if kind == "curve":
+                values = study.curve(name, key)
+                parts.append(f"{spread(values[:, 0])} → {spread(values[:, -1])}")
+            else:
+                parts.append(spread(study.decoded(name, key) if kind == "decoded" else study.probe(name, key)))
+        lines.append(f"| {figure} | {what} | {theirs} | {' / '.join(parts)} |")
+    return "\n".join(lines)
+
+
+def ways_table(study: Study) -> str:
+    """Every way of decoding: accuracy of the last and of the best checkpoint, and what it costs."""
+    hops = list(study.seeds[0]["judged"]["decoded"][study.ways()[0].replace(":", " last:", 1)]["by_hops"])
+    lines = [
+        f"| trained as | decoded | accuracy, last | best | {' | '.join(f'{count} hops' for count in hops)} | legal | "
+        "nodes per problem | ms per problem |",
+        "|---|---|---|---|" + "---|" * len(hops) + "---|---|---|",
+    ]
+    for way in study.ways():
+        arm, name = way.split(": ", 1)
+        last, best = f"{arm} last: {name}", f"{arm} best: {name}"
+        by_hops = np.array([
+            list(seed["judged"]["decoded"][last]["by_hops"].values()) for seed in study.seeds
+        ]).mean(axis=0)  # fmt: skip
+        middle, low, high = (1000 * value for value in study.seconds(way))
+        cells = [
+            NAMES[arm],
+            name,
+            spread(study.decoded(last, "accuracy")),
+            spread(study.decoded(best, "accuracy")),
+            *(f"{share:.3f}" for share in by_hops),
+            f"{study.decoded(last, 'legal').mean():.3f}",
+            f"{study.decoded(last, 'nodes_per_problem').mean():.1f}",
+            f"{middle:.1f} ({low:.1f} to {high:.1f})",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def router_table(study: Study) -> str:
+    """The full router against the one that judges every candidate alone (the paper's Figure 5, on this task)."""
+    settings = [f"K={width} L={depth}" for depth in (1, 2) for width in (2, 3)]
+    lines = [
+        "| K, L | accuracy, full router | independent | difference | router accuracy, full | independent |",
+        "|---|---|---|---|---|---|",
+    ]
+    for setting in settings:
+        full, alone = (study.decoded(f"{arm} last: {setting}", "accuracy") for arm in ("lbr", "independent"))
+        routers = (study.curve(arm, f"router accuracy {setting}")[:, -1] for arm in ("lbr", "independent"))
+        cells = [setting, spread(full), spread(alone), spread(full - alone), *map(spread, routers)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Study], str]] = {"paper": paper_table, "ways": ways_table, "router": router_table}
+
+
+def write_tables(path: Path, page: Path) -> None:
+    """Put the tables between their marks on the page, ``<!-- NAME --> ... <!-- /NAME -->``."""
+    study, text = Study(path), page.read_text()
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        first = text.index(begin) + len(begin)
+        text = text[:first] + table(study) + text[text.index(end, first) :]
+    page.write_text(text)
+
+
+def draw(path: Path) -> list[Path]:
+    """All figures, beside the JSON; their files."""
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    mpl.rcParams.update({
+        "svg.hashsalt": "lbr_kernels", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.titlesize": 10, "legend.frameon": False, "svg.fonttype": "none",
+    })  # fmt: skip
+    study, files = Study(path), []
+    for name, drawing in (("training", _training), ("probes", _probes), ("cost", _cost)):
+        figure = drawing(plt, study)
+        figure.tight_layout()
+        files.append(path.with_name(f"{path.stem}-{name}.svg"))
+        figure.savefig(files[-1], metadata={"Date": None}, bbox_inches="tight")
+        plt.close(figure)
+    return files
+
+
+def _line(axis: Any, x: NDArray[np.float64], y: NDArray[np.float64], colour: str, label: str, **style: Any) -> None:
+    """The mean over seeds, and between the lowest and the highest a shade."""
+    axis.plot(x, y.mean(axis=0), color=colour, label=label, **{"linewidth": 1.5, **style})
+    axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+
+
+def _training(plt: Any, study: Study) -> Any:
+    """Accuracy, router accuracy and divergence along the way (the paper's Figure 4a)."""
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.4))
+    for arm in NAMES:
+        steps, minutes, accuracy = (study.curve(arm, key) for key in ("step", "minutes", "accuracy"))
+        label = f"{NAMES[arm]} ({DECODED[arm]})"
+        _line(axes[0], steps[0], accuracy, COLOURS[arm], label)
+        _line(axes[1], minutes.mean(axis=0), accuracy, COLOURS[arm], label)
+    for arm, name, style in (
+        ("oracle", "", "-"), ("lbr", " K=3 L=1", "-"), ("lbr", " K=3 L=2", "--"), ("independent", " K=3 L=1", "-"),
+        ("independent", " K=3 L=2", "--"),
+    ):  # fmt: skip
+        steps, label = study.curve(arm, "step")[0], f"{NAMES[arm]}{name}"
+        for axis, key in ((axes[2], "router accuracy"), (axes[3], "router divergence")):
+            _line(axis, steps, study.curve(arm, key + name), COLOURS[arm], label, linestyle=style)
+    titles = ("target accuracy, validation graphs", "the same by time", "router accuracy", "KL to the right candidates")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, xlabel="steps")
+    axes[1].set(xlabel="minutes of one CPU core")
+    axes[3].set(ylabel="nats", ylim=(0, None))
+    axes[0].legend(loc="upper left", fontsize=7)
+    axes[2].legend(loc="lower right", fontsize=7)
+    return figure
+
+
+def _probes(plt: Any, study: Study) -> Any:
+    """What linear probes tell (the paper's Figures 4b and 7)."""
+    figure, axes = plt.subplots(1, 5, figsize=(14, 3.2), width_ratios=[1, 1, 1, 1, 1])
+    arms, places = ("cot", "oracle", "lbr"), ("before", "right", "wrong")
+    panels = [(kind, which) for kind in ("name", "order") for which in (1, 2)]
+    for axis, (kind, which) in zip(axes, panels, strict=False):
+        for index, arm in enumerate(arms):
+            for place, name in enumerate(places):
+                values = study.probe(arm, f"target {kind}, branching {which}, {name}")
+                where = place + (index - 1) * 0.27
+                axis.bar(where, values.mean(), 0.25, color=COLOURS[arm], label=NAMES[arm] if place == 0 else None)
+                axis.plot([where] * len(values), values, ".", color="black", markersize=3)
+        axis.set_xticks(range(3), ["before", "after\nright", "after\nwrong"])
+        chance = 1 / 16 if kind == "name" else 1 / 2
+        axis.axhline(chance, color="black", linewidth=0.6, linestyle=":")
+        what = "the target's name" if kind == "name" else "which of the two targets"
+        axis.set(title=f"{what},\n{'first' if which == 1 else 'second'} branching", ylim=(0, 1))
+    for index, arm in enumerate(("cot", "oracle", "soft")):
+        for place, name in enumerate(("last digit", "arrow")):
+            values = study.probe(arm, f"node, {name}")
+            where = place + (index - 1) * 0.27
+            axes[4].bar(where, values.mean(), 0.25, color=COLOURS[arm], label=NAMES[arm] if place == 0 else None)
+            axes[4].plot([where] * len(values), values, ".", color="black", markersize=3)
+    axes[4].set_xticks(range(2), ["last digit", "arrow"])
+    axes[4].set(title="the first node\nthat was generated", ylim=(0, 1))
+    axes[0].legend(loc="upper left", fontsize=7)
+    axes[4].legend(loc="lower left", fontsize=7)
+    return figure
+
+
+def _cost(plt: Any, study: Study) -> Any:
+    """Accuracy against what it costs: nodes forwarded, and seconds."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True)
+    for way in study.ways():
+        arm, name = way.split(": ", 1)
+        accuracy = study.decoded(f"{arm} last: {name}", "accuracy")
+        with_oracle = "oracle" in name
+        style = {"color": COLOURS[arm], "marker": "^" if with_oracle else "o", "linestyle": "", "markersize": 5}
+        costs = (study.decoded(f"{arm} last: {name}", "nodes_per_problem").mean(), 1000 * study.seconds(way)[0])
+        for axis, cost in zip(axes, costs, strict=True):
+            middle = accuracy.mean()
+            axis.errorbar(cost, middle, [[middle - accuracy.min()], [accuracy.max() - middle]], elinewidth=0.8, **style)
+            axis.annotate(name, (cost, middle), xytext=(4, 3), textcoords="offset points", fontsize=6.5,
+                          color=COLOURS[arm])  # fmt: skip
+    for axis, label in zip(axes, ("nodes forwarded per problem", "milliseconds per problem"), strict=True):
+        axis.set(xlabel=label, xscale="log")
+    axes[0].set(ylabel="target accuracy, test graphs")
+    for arm, name in NAMES.items():
+        axes[0].plot([], [], "s", color=COLOURS[arm], label=f"trained: {name}")
+    axes[0].plot([], [], "^", color="black", label="an oracle says what is legal")
+    axes[0].legend(loc="lower right", fontsize=7)
+    return figure
