@@ -280,11 +280,9 @@ class _Call:
                     adapter, cache, input_ids, next_positions,
                     tree=tree, routing=routing, sampler=sampler, draws=draws,
                     draw_children=do_sample, draw_choice=draw_choice,
-                    limits=limits, criteria=criteria, streamer=self.streamer, stats=stats,
+                    limits=limits, criteria=criteria, streamer=self.streamer, on_step=self.on_step, stats=stats,
                 )  # fmt: skip
-                for step in decoder.run(root_logits, row_of):
-                    if self.on_step is not None:
-                        self.on_step(step)
+                decoder.run(root_logits, row_of)
             ops.raise_if_flagged(device)
             if self.streamer is not None:
                 self.streamer.end()
