@@ -7,6 +7,7 @@ import platform
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -27,6 +28,7 @@ import lbr_kernels
 from lbr_kernels import ops
 from lbr_kernels.decoding.adapter import UnsupportedModelError, require_supported
 from lbr_kernels.decoding.generate import LBRGenerateOutput, generate
+from lbr_kernels.decoding.routing import RouterLike
 from lbr_kernels.display import Decode, TreeView, comparison, progress
 from lbr_kernels.evaluation import reachability
 from lbr_kernels.evaluation.demo import BATCH, DEPTHS, Demo, Measured
@@ -134,7 +136,7 @@ class Subject:
     decode: Decode  # special tokens included
     read: Decode  # special tokens left out
     prompt: str
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
 
 
 def _load(model: str, prompt: str, *, chat: bool, dtype: str, device: str) -> Subject:
@@ -172,6 +174,11 @@ def _load(model: str, prompt: str, *, chat: bool, dtype: str, device: str) -> Su
     return Subject(model, loaded, decode, partial(decode, skip_special_tokens=True), prompt, dict(inputs))
 
 
+def _public_name(name: str) -> str:
+    """A page is passed on: where a directory lies on this machine is nobody else's business."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
 def _sampling(max_new_tokens: int, greedy: bool, temperature: float, top_k: int, top_p: float) -> dict[str, Any]:
     """The options as arguments of ``generate``."""
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": not greedy}
@@ -182,7 +189,7 @@ def _demo_subject(shipped: Demo, problem: reachability.Problem) -> Subject:
     """The demo's model on one of its problems."""
     ids, spell = shipped.prompts([problem]), _speller(shipped)
     text = reachability.to_text(ids[0].tolist(), shipped.options) + " "
-    return Subject("the demo's, graph reachability", shipped.model, spell, spell, text, {"input_ids": ids})
+    return Subject("graph reachability, the demo's", shipped.model, spell, spell, text, {"input_ids": ids})
 
 
 @app.command(name="generate")
@@ -258,10 +265,13 @@ def trace(
     Tokens, probabilities and what the hidden states say, node by node; the file needs no network and no other file.
     By default the demo's model decodes an unseen problem.
     """
-    if model is None and (given := [n for n, v in (("prompt", prompt), ("router", router)) if v is not None]):
+    of_checkpoints = {
+        "prompt": prompt is not None, "router": router is not None, "chat": chat, "dtype": dtype != "auto",
+        "device": device != "cpu",
+    }  # fmt: skip
+    if model is None and any(of_checkpoints.values()):
+        given = [name for name, is_given in of_checkpoints.items() if is_given]
         raise fail(f"--{given[0]} is given without --model, expected both or neither")
-    if model is None and (chat or dtype != "auto" or device != "cpu"):
-        raise fail("--chat, --dtype and --device are for a checkpoint, expected --model with them")
     if model is not None and prompt is None:
         raise fail("--model is given without --prompt, expected both or neither")
     if model is None and depth not in DEPTHS:
@@ -274,43 +284,47 @@ def trace(
         check_size(width, depth, max_new_tokens)
     except ValueError as error:
         raise fail(str(error)) from error
-    shipped = problem = None
+    routes: RouterLike | None
+    judge: Callable[[LBRGenerateOutput], tuple[str, str]] | None
     if model is None or prompt is None:
         with console.status("looking for a problem that is worth showing"):
             shipped = Demo()
             problem = shipped.problem_to_show(width=width, depth=depth, seed=seed)
         subject = _demo_subject(shipped, problem)
+        routes, route_name = shipped.routers[depth], "the demo's"
         max_new_tokens = min(max_new_tokens, shipped.options.max_answer_length)
+        judge = partial(_verdict, shipped, problem)
     else:
         subject = _load(model, prompt, chat=chat, dtype=dtype, device=device)
+        routes, route_name = router, "none, uniform" if router is None else _public_name(router)
+        judge = None
     ids = subject.inputs["input_ids"][0].tolist()
     recorded = Trace(subject.model, subject.decode, ids, width=width, depth=depth, max_new_tokens=max_new_tokens)
+    filters = [f"{name} {value:g}" for name, value, off in (("top-k", top_k, 0), ("top-p", top_p, 1)) if value != off]
     try:
         with console.status("decoding"):
             out = generate(
-                subject.model, **subject.inputs, width=width, depth=depth, on_step=recorded,
-                router=router if shipped is None else shipped.routers[depth], return_dict_in_generate=True,
-                generator=torch.Generator().manual_seed(seed),
+                subject.model, **subject.inputs, width=width, depth=depth, router=routes, on_step=recorded,
+                return_dict_in_generate=True, generator=torch.Generator().manual_seed(seed),
                 **_sampling(max_new_tokens, greedy, temperature, top_k, top_p),
             )  # fmt: skip
         assert isinstance(out, LBRGenerateOutput)
         assert out.stats is not None
-        note = ""
-        if shipped is not None and problem is not None:
-            said, right = _verdict(shipped, problem, out)
-            note = f"Which of the two targets can be reached? The answer is {said}: it is {right}."
-        filters = "".join(
-            f", {name} {value:g}" for name, value, off in (("top-k", top_k, 0), ("top-p", top_p, 1)) if value != off
-        )
         facts = [
-            ("model", subject.name),
+            ("model", _public_name(subject.name)),
             ("tree", f"{width} wide, {depth} deep"),
-            ("router", "the demo's" if shipped is not None else router or "none, uniform"),
-            ("drawn", "no, likeliest" if greedy else f"at temperature {temperature:g}{filters}, seed {seed}"),
-            ("cost", f"{out.stats.nodes_per_token:.1f} forwarded nodes per token"),
+            ("router", route_name),
+            (
+                "drawn",
+                "no, likeliest" if greedy else ", ".join([f"at temperature {temperature:g}", *filters, f"seed {seed}"]),
+            ),
+            ("forwarded", f"{out.stats.nodes_per_token:.1f} nodes per token"),
         ]
-        document = recorded.document(subject.prompt, facts=facts, draws=not greedy, note=note)
-        write_page(html, document)
+        routed, note = routes is not None, ""
+        if judge is not None:
+            said, right = judge(out)
+            note = f"Which of the two targets can be reached? It is {right}; the answer is {said}."
+        write_page(html, recorded.document(subject.prompt, facts=facts, routed=routed, draws=not greedy, note=note))
     except (OSError, ValueError, RuntimeError) as error:
         raise fail(str(error)) from error
     size = html.stat().st_size / 1024

@@ -18,10 +18,12 @@ the last ``PROMPT_CHARACTERS`` of the prompt. Neither logits nor states are in i
 The document
 ------------
 ``nodes``: one entry per forwarded node: ``token`` (text), ``id``, ``log_prob`` (under which it was drawn), ``born``
-(step), ``next`` (triples of text, probability and id), ``at`` (x and y in -1 .. 1). ``steps``: ``slots`` (index of a node, or
-null, per slot in level order), ``router`` (log-probabilities of the candidates, null where there is none), ``choice``,
-``alike`` (cosines ``[K][K]``, null likewise), ``cells`` (the node that each cache slot behind the text holds, or null),
-``moves`` (of ``StepView``), and the committed text as ``keep`` characters of the one before and ``add``.
+(step), ``next`` (triples of text, probability and id), ``at`` (x and y in -1 .. 1).
+
+``steps``: ``slots`` (index of a node, or null, per slot in level order), ``router`` (log-probabilities of the
+candidates, null where there is none), ``choice``, ``alike`` (cosines ``[K][K]``, null likewise), ``cells`` (the node
+that each cache slot behind the text holds, or null), ``moves`` (of ``StepView``), and the committed text as ``keep``
+characters of the one before and ``add``.
 """
 
 from __future__ import annotations
@@ -135,12 +137,15 @@ class Trace:
         # The winner, the first to move, joins the text; the others stand behind it in their order.
         self._cells = {cell: self._cells[source] for cell, source in enumerate(moves[1:]) if source in self._cells}
 
-    def document(self, prompt: str, *, facts: Sequence[tuple[str, str]], draws: bool, note: str = "") -> dict[str, Any]:
+    def document(
+        self, prompt: str, *, facts: Sequence[tuple[str, str]], routed: bool, draws: bool, note: str = ""
+    ) -> dict[str, Any]:
         """What the page shows (see the module's contract); call it once decoding has ended.
 
         Args:
             prompt: the prompt's text.
             facts: names and values, shown as they are.
+            routed: whether there was a router.
             draws: whether the choice was drawn, not the argmax.
             note: a line about the outcome.
         """
@@ -160,6 +165,7 @@ class Trace:
             "prompt_tokens": len(self.prompt),
             "prompt_end": [self.decode([token]) for token in self.prompt[-_PROMPT_TOKENS:]],
             "facts": [list(pair) for pair in facts],
+            "routed": routed,
             "draws": draws,
             "note": note,
             "shares": [round(share, 4) for share in shares],
