@@ -263,7 +263,8 @@ def trace(
     """Write one decode as an HTML file in which it is stepped through: grow, route, prune, shift.
 
     Tokens, probabilities and what the hidden states say, node by node; the file needs no network and no other file.
-    By default the demo's model decodes an unseen problem.
+    By default the demo's model decodes an unseen problem. A page holds trees of up to 64 slots and texts of up to 256
+    tokens, and of each node's next tokens the five likeliest.
     """
     of_checkpoints = {
         "prompt": prompt is not None, "router": router is not None, "chat": chat, "dtype": dtype != "auto",
