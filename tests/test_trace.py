@@ -459,6 +459,29 @@ def test_mouse(browser, demo_page):
         )
 
 
+@pytest.mark.parametrize("where", ["#step-1-prune", "#step-4-grow", "#step-4-shift"])
+def test_edges_join_a_node_and_its_parent(browser, demo_page, where):
+    with Visit(browser, demo_page, where) as visit:
+        seen = visit.nodes()
+        boxes = {slot: node.bounding_box() for slot, node in seen.items()}
+        text = visit.page.locator("#root").bounding_box()
+        ends = visit.page.evaluate(
+            "[...document.querySelectorAll('#edges path')].filter(path => path.style.opacity > 0).map(path => {"
+            " const box = document.getElementById('edges').getBoundingClientRect();"
+            " return [0, path.getTotalLength()].map(at => path.getPointAtLength(at))"
+            " .map(point => [point.x + box.x, point.y + box.y]); })"
+        )
+        assert len(ends) == len(seen)
+        for (x0, y0), (x1, y1) in ends:
+            slot = next(
+                slot for slot, box in boxes.items()
+                if abs(box["x"] - x1) < 1 and abs(box["y"] + box["height"] / 2 - y1) < 1
+            )  # fmt: skip
+            parent = text if slot < 3 or where.endswith("shift") else boxes[slot // 3 - 1]
+            assert abs(parent["x"] + parent["width"] - x0) < 1
+            assert abs(parent["y"] + parent["height"] / 2 - y0) < 1
+
+
 def test_the_hash_is_a_place(browser, demo_page):
     with Visit(browser, demo_page, "#step-3-prune") as visit:
         expect_phase(visit, 2, "prune")
