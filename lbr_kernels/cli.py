@@ -1,4 +1,4 @@
-"""The command line: ``lbr-kernels demo``, ``generate``, ``info`` and ``build``."""
+"""The command line: ``lbr-kernels demo``, ``generate``, ``trace``, ``info`` and ``build``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import platform
 import sys
 import textwrap
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -24,12 +28,14 @@ import lbr_kernels
 from lbr_kernels import ops
 from lbr_kernels.decoding.adapter import UnsupportedModelError, require_supported
 from lbr_kernels.decoding.generate import LBRGenerateOutput, generate
-from lbr_kernels.display import TreeView, comparison, progress
+from lbr_kernels.decoding.routing import RouterLike
+from lbr_kernels.display import Decode, TreeView, comparison, progress
 from lbr_kernels.evaluation import reachability
-from lbr_kernels.evaluation.demo import BATCH, Demo, Measured
+from lbr_kernels.evaluation.demo import BATCH, DEPTHS, Demo, Measured
 from lbr_kernels.evaluation.digits import CONTINUES
 from lbr_kernels.evaluation.machine import processor
 from lbr_kernels.ops import _extension, _preferences
+from lbr_kernels.trace import Trace, check_size, write_page
 
 app = typer.Typer(
     help="Local Branch Routing: decode with a rolling lookahead tree.", no_args_is_help=True, add_completion=False
@@ -37,6 +43,18 @@ app = typer.Typer(
 console = Console()
 
 WIDTH = 3  # of the tree that the demo shows
+
+# Options that commands have in common.
+Prompt = Annotated[str, typer.Option(help="The text to go on from.")]
+RouterName = Annotated[str | None, typer.Option(help="A router's directory or Hub id; uniform by default.")]
+Width = Annotated[int, typer.Option(min=1, help="K, candidates per token.")]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Most likely candidates and choice, nothing drawn.")]
+Temperature = Annotated[float, typer.Option(min=1e-4)]
+TopK = Annotated[int, typer.Option(min=0, help="0: off.")]
+TopP = Annotated[float, typer.Option(min=0, max=1)]
+Chat = Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
 
 
 @app.callback()
@@ -74,17 +92,11 @@ def demo(
     text = reachability.to_text(prompt[0].tolist(), shipped.options)
     title = "the edges, two targets, and the root; greedy decoding gets this one wrong"
     console.print(Panel(Text(text), title=title, title_align="left"))
-
-    def spell(tokens: list[int]) -> str:
-        return reachability.to_text(tokens, shipped.options).replace(CONTINUES, "")
-
     question = text.split(",")[-1].strip() + " "
-    with TreeView(console, spell, question, width=WIDTH, depth=depth, pause=pause) as view:
+    with TreeView(console, _speller(shipped), question, width=WIDTH, depth=depth, pause=pause) as view:
         generator = torch.Generator().manual_seed(seed)
         out = shipped.lbr(prompt, width=WIDTH, depth=depth, generator=generator, on_step=view)
-    verdict = reachability.check_answer(first, shipped.answers(out.sequences)[0], shipped.options)
-    right = reachability.to_text(reachability.node_ids(first.answer, shipped.options), shipped.options)
-    said = "correct" if verdict.correct else "legal, wrong target" if verdict.legal else "not a path of the graph"
+    said, right = _verdict(shipped, first, out)
     console.print(f"answer: [bold]{said}[/] (the reachable target is {right})\n", highlight=False)
 
     rows: list[Measured] = []
@@ -103,26 +115,32 @@ def demo(
     )
 
 
-@app.command(name="generate")
-def generate_command(
-    model: Annotated[str, typer.Option(help="A transformers causal LM: a directory or a Hub id.")],
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
-    router: Annotated[str | None, typer.Option(help="A router's directory or Hub id; uniform by default.")] = None,
-    width: Annotated[int, typer.Option(min=1, help="K, candidates per token.")] = 3,
-    depth: Annotated[int, typer.Option(min=1, help="L, layers of the tree.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Most likely candidates and choice, nothing drawn.")] = False,
-    temperature: Annotated[float, typer.Option(min=1e-4)] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0: off.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
-    seed: Annotated[int, typer.Option()] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    pause: Annotated[float, typer.Option(min=0, help="Seconds to hold a decision between different tokens.")] = 0.0,
-    compare: Annotated[bool, typer.Option(help="Also time plain decoding.")] = True,
-) -> None:
-    """Decode a prompt with any checkpoint, the tree rolling on the terminal; then the cost beside plain decoding."""
+def _speller(shipped: Demo) -> Decode:
+    """Tokens of the demo as text; a digit that continues a number looks like any other."""
+    return lambda tokens: reachability.to_text(tokens, shipped.options).replace(CONTINUES, "")
+
+
+def _verdict(shipped: Demo, problem: reachability.Problem, out: LBRGenerateOutput) -> tuple[str, str]:
+    """What the first row's answer is, and what the right one is."""
+    verdict = reachability.check_answer(problem, shipped.answers(out.sequences)[0], shipped.options)
+    said = "correct" if verdict.correct else "legal, wrong target" if verdict.legal else "not a path of the graph"
+    return said, reachability.to_text(reachability.node_ids(problem.answer, shipped.options), shipped.options)
+
+
+@dataclass
+class Subject:
+    """A model, and what it is to go on from."""
+
+    name: str
+    model: Any
+    decode: Decode  # special tokens included
+    read: Decode  # special tokens left out
+    prompt: str
+    inputs: dict[str, Any]
+
+
+def _load(model: str, prompt: str, *, chat: bool, dtype: str, device: str) -> Subject:
+    """A checkpoint with a prompt, checked to hold a tree; what is wrong is printed."""
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise fail(f"--dtype is {dtype!r}, expected auto, float32, bfloat16 or float16")
     try:
@@ -148,25 +166,66 @@ def generate_command(
         )
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(device)
     inputs.pop("token_type_ids", None)
-    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": not greedy}
-    if not greedy:
-        sampling |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
-    def spell(tokens: list[int]) -> str:
-        text: str = tokenizer.decode(tokens, skip_special_tokens=False)
+    def decode(tokens: list[int], *, skip_special_tokens: bool = False) -> str:
+        text: str = tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
         return text
 
+    return Subject(model, loaded, decode, partial(decode, skip_special_tokens=True), prompt, dict(inputs))
+
+
+def _public_name(name: str) -> str:
+    """A page is passed on: where a directory lies on this machine is nobody else's business."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
+def _sampling(max_new_tokens: int, greedy: bool, temperature: float, top_k: int, top_p: float) -> dict[str, Any]:
+    """The options as arguments of ``generate``."""
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": not greedy}
+    return settings if greedy else settings | {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+
+
+def _demo_subject(shipped: Demo, problem: reachability.Problem) -> Subject:
+    """The demo's model on one of its problems."""
+    ids, spell = shipped.prompts([problem]), _speller(shipped)
+    text = reachability.to_text(ids[0].tolist(), shipped.options) + " "
+    return Subject("graph reachability, the demo's", shipped.model, spell, spell, text, {"input_ids": ids})
+
+
+@app.command(name="generate")
+def generate_command(
+    model: Annotated[str, typer.Option(help="A transformers causal LM: a directory or a Hub id.")],
+    prompt: Prompt,
+    router: RouterName = None,
+    width: Width = 3,
+    depth: Annotated[int, typer.Option(min=1, help="L, layers of the tree.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    greedy: Greedy = False,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    chat: Chat = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    pause: Annotated[float, typer.Option(min=0, help="Seconds to hold a decision between different tokens.")] = 0.0,
+    compare: Annotated[bool, typer.Option(help="Also time plain decoding.")] = True,
+) -> None:
+    """Decode a prompt with any checkpoint, the tree rolling on the terminal; then the cost beside plain decoding."""
+    subject = _load(model, prompt, chat=chat, dtype=dtype, device=device)
+    sampling = _sampling(max_new_tokens, greedy, temperature, top_k, top_p)
     try:
-        with TreeView(console, spell, prompt, width=width, depth=depth, pause=pause) as view:
+        with TreeView(console, subject.decode, subject.prompt, width=width, depth=depth, pause=pause) as view:
             out = generate(
-                loaded, **inputs, width=width, depth=depth, router=router, on_step=view, return_dict_in_generate=True,
-                generator=torch.Generator().manual_seed(seed), **sampling,
+                subject.model, **subject.inputs, width=width, depth=depth, router=router, on_step=view,
+                return_dict_in_generate=True, generator=torch.Generator().manual_seed(seed), **sampling,
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
         raise fail(str(error)) from error
     assert isinstance(out, LBRGenerateOutput)
     assert out.stats is not None
-    text = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    prompt_length = subject.inputs["input_ids"].shape[1]
+    text = subject.read(out.sequences[0, prompt_length:].tolist())
     console.print(Panel(Text(text), title="text", title_align="left"))
     # The phases of decoding alone: drawing the tree is not among them.
     ours = Measured(f"LBR K={width} L={depth}")
@@ -176,11 +235,102 @@ def generate_command(
         torch.manual_seed(seed)
         with console.status("plain decoding"):
             began = time.perf_counter()
-            plain = loaded.generate(**inputs, **sampling)
-            count = plain.shape[1] - inputs["input_ids"].shape[1]
+            plain = subject.model.generate(**subject.inputs, **sampling)
+            count = plain.shape[1] - prompt_length
             rows.insert(0, Measured("plain"))
             rows[0].add(count, count, time.perf_counter() - began)
     console.print(comparison(rows))
+
+
+@app.command()
+def trace(
+    html: Annotated[Path, typer.Option(help="The file to write.")] = Path("trace.html"),
+    model: Annotated[str | None, typer.Option(help="A transformers causal LM; the demo's by default.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text to go on from, with --model.")] = None,
+    router: Annotated[str | None, typer.Option(help="A router's directory or Hub id, with --model.")] = None,
+    width: Width = WIDTH,
+    depth: Annotated[int, typer.Option(min=1, help="L, layers of the tree; 1 or 2 for the demo's model.")] = 2,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most; the demo's answers are shorter.")] = 24,
+    greedy: Greedy = False,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    chat: Chat = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+) -> None:
+    """Write one decode as an HTML file in which it is stepped through: grow, route, prune, shift.
+
+    Tokens, probabilities and what the hidden states say, node by node; the file needs no network and no other file.
+    By default the demo's model decodes an unseen problem. A page holds trees of up to 64 slots and texts of up to 256
+    tokens, and of each node's next tokens the five likeliest.
+    """
+    of_checkpoints = {
+        "prompt": prompt is not None, "router": router is not None, "chat": chat, "dtype": dtype != "auto",
+        "device": device != "cpu",
+    }  # fmt: skip
+    if model is None and any(of_checkpoints.values()):
+        given = [name for name, is_given in of_checkpoints.items() if is_given]
+        raise fail(f"--{given[0]} is given without --model, expected both or neither")
+    if model is not None and prompt is None:
+        raise fail("--model is given without --prompt, expected both or neither")
+    if model is None and depth not in DEPTHS:
+        raise fail(
+            f"--depth is {depth}, expected {' or '.join(map(str, DEPTHS))}: the demo's model has routers for these"
+        )
+    if html.is_dir() or not html.absolute().parent.is_dir():
+        raise fail(f"--html is {str(html)!r}, expected a file in a directory that exists")
+    try:
+        check_size(width, depth, max_new_tokens)
+    except ValueError as error:
+        raise fail(str(error)) from error
+    routes: RouterLike | None
+    judge: Callable[[LBRGenerateOutput], tuple[str, str]] | None
+    if model is None or prompt is None:
+        with console.status("looking for a problem that is worth showing"):
+            shipped = Demo()
+            problem = shipped.problem_to_show(width=width, depth=depth, seed=seed)
+        subject = _demo_subject(shipped, problem)
+        routes, route_name = shipped.routers[depth], "the demo's"
+        max_new_tokens = min(max_new_tokens, shipped.options.max_answer_length)
+        judge = partial(_verdict, shipped, problem)
+    else:
+        subject = _load(model, prompt, chat=chat, dtype=dtype, device=device)
+        routes, route_name = router, "none, uniform" if router is None else _public_name(router)
+        judge = None
+    ids = subject.inputs["input_ids"][0].tolist()
+    recorded = Trace(subject.model, subject.decode, ids, width=width, depth=depth, max_new_tokens=max_new_tokens)
+    filters = [f"{name} {value:g}" for name, value, off in (("top-k", top_k, 0), ("top-p", top_p, 1)) if value != off]
+    try:
+        with console.status("decoding"):
+            out = generate(
+                subject.model, **subject.inputs, width=width, depth=depth, router=routes, on_step=recorded,
+                return_dict_in_generate=True, generator=torch.Generator().manual_seed(seed),
+                **_sampling(max_new_tokens, greedy, temperature, top_k, top_p),
+            )  # fmt: skip
+        assert isinstance(out, LBRGenerateOutput)
+        assert out.stats is not None
+        facts = [
+            ("model", _public_name(subject.name)),
+            ("tree", f"{width} wide, {depth} deep"),
+            ("router", route_name),
+            (
+                "drawn",
+                "no, likeliest" if greedy else ", ".join([f"at temperature {temperature:g}", *filters, f"seed {seed}"]),
+            ),
+            ("forwarded", f"{out.stats.nodes_per_token:.1f} nodes per token"),
+        ]
+        routed, note = routes is not None, ""
+        if judge is not None:
+            said, right = judge(out)
+            note = f"Which of the two targets can be reached? It is {right}; the answer is {said}."
+        write_page(html, recorded.document(subject.prompt, facts=facts, routed=routed, draws=not greedy, note=note))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise fail(str(error)) from error
+    size = html.stat().st_size / 1024
+    console.print(Text(f"written: {html} ({size:.0f} KiB, {out.stats.committed_tokens} steps)"), soft_wrap=True)
+    console.print("Open it in a browser: arrow keys step through it, point at a node to see what it had to show.")
 
 
 @app.command()

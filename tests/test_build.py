@@ -62,6 +62,7 @@ def test_isolated_wheel_is_pure_python(tmp_path):
     assert name.endswith("-py3-none-any.whl")
     assert "lbr_kernels/csrc/cpu/tree_attention.h" in files
     assert "lbr_kernels/py.typed" in files
+    assert "lbr_kernels/trace.html" in files
     assert not [file for file in files if file.endswith(".so")]
 
 

@@ -126,10 +126,11 @@ def test_tree_view(terminal):
     tokens = torch.full((1, num_slots(3, 2)), -1)
     tokens[0, :3] = torch.tensor([4, 7, 7])
     tokens[0, 3:5] = torch.tensor([8, 9])
-    step = StepView(0, tokens, torch.tensor([[0.2, 0.5, 0.3]]).log(), torch.tensor([1]))
+    unseen = torch.zeros(1, 12), torch.zeros(1, 12, 4), torch.zeros(1, 12, dtype=torch.int64), torch.zeros(1, 1)
+    step = StepView(0, tokens, torch.tensor([[0.2, 0.5, 0.3]]).log(), torch.tensor([1]), *unseen)
     with TreeView(console, lambda ids: "".join(f"<{i}>" for i in ids), "text: ", width=3, depth=2) as view:
         view(step)
-        view(StepView(1, tokens, torch.zeros(1, 3), torch.tensor([-1])))
+        view(StepView(1, tokens, torch.zeros(1, 3), torch.tensor([-1]), *unseen))
     shown = out.getvalue()
     assert view.committed == [7]
     if terminal:

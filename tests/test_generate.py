@@ -420,3 +420,32 @@ def test_on_step_sees_every_decision(llama):
         committed = step.tokens.gather(1, step.choice[:, None])[:, 0]
         assert torch.equal(committed, out[:, 4 + step.step])
         torch.testing.assert_close(step.router_log_probs.exp().sum(1), torch.ones(2))
+
+
+@pytest.mark.parametrize("trie", [False, True])
+def test_on_step_sees_what_the_router_saw(llama, trie):
+    """Log-probabilities are the trajectory's, states lead to the same choices, and moves are the cache's."""
+    steps = []
+    router = trained_looking_router(llama, 2)
+    out = generate(
+        llama, IDS, width=3, depth=2, router=router, max_new_tokens=6, on_step=steps.append, trie=trie,
+        generator=seeded(0), return_dict_in_generate=True, **SAMPLED,
+    )  # fmt: skip
+    trajectory = out.trajectory
+    for number, (step, after) in enumerate(zip(steps, [*steps[1:], None], strict=True)):
+        nodes = trajectory.step_nodes(number)
+        assert torch.equal(step.tokens[:, 3:], trajectory.node_tokens[:, nodes])
+        assert torch.equal(step.log_probs[:, 3:], trajectory.node_log_probs[:, nodes])
+        valid = step.tokens >= 0
+        again = router(step.hidden, 3, valid=valid).log_softmax(-1)
+        torch.testing.assert_close(again, step.router_log_probs, rtol=1e-4, atol=1e-5)
+        for row, choice in enumerate(step.choice.tolist()):
+            winner = step.node_of[row, choice]
+            kept = step.node_of[row, 3 + 3 * choice : 6 + 3 * choice][valid[row, 3 + 3 * choice : 6 + 3 * choice]]
+            moved = [source for source in step.moves[row].tolist() if source >= 0]
+            if trie or bool(valid[row].all()):
+                assert moved == [int(winner), *sorted(set(kept.tolist()))]
+            if after is not None:
+                assert torch.equal(after.log_probs[row, :3], step.log_probs[row, 3 + 3 * choice : 6 + 3 * choice])
+                assert torch.equal(after.hidden[row, :3], step.hidden[row, 3 + 3 * choice : 6 + 3 * choice])
+                assert [moved[1 + node] for node in after.node_of[row, :3].tolist()] == kept.tolist()

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertLMHea
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from lbr_kernels import check_model, generate
+from lbr_kernels.decoding.adapter import ModelAdapter
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -41,6 +42,15 @@ def test_equals_the_oracle(family, width, depth):
         )  # fmt: skip
         assert out.sequences[row, 9:].tolist() == want.tokens
         assert out.trajectory.node_tokens[row].tolist() == want.node_tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_states(family):
+    """Head inputs lead to the model's own logits, soft-caps and scales included."""
+    model, ids = tiny_model(family), torch.randint(1, 53, (1, 7), generator=seeded(0))
+    adapter = ModelAdapter(model)
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.logits_of(adapter.head_inputs(ids)[0]), model(ids).logits[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -142,6 +142,14 @@ class ModelAdapter:
         """The hidden states ``[B, N, D]`` of a plain forward of ids or embeddings, as the head would receive them."""
         return self._call(lambda states: states[:, -1:], cache, **_named(tokens))[0]
 
+    def logits_of(self, states: Tensor) -> Tensor:
+        """The logits ``[N, V]`` that head inputs ``[N, D]`` lead to, with whatever the model does to them.
+
+        Costs a forward of one token, in which the head is given these in the place of its own input.
+        """
+        ids = torch.zeros((1, 1), dtype=torch.int64, device=states.device)
+        return self._call(lambda _: states[None], None, input_ids=ids)[1][0]
+
     def _call(self, select: Select, cache: Cache | None, **inputs: Any) -> tuple[Tensor, Tensor]:
         seen: list[Tensor] = []
         caller, selecting, finished = threading.get_ident(), False, False

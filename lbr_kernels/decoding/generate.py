@@ -174,11 +174,10 @@ class _Call:
                     adapter, cache, input_ids, prompts.next_positions,
                     tree=tree, routing=routing, sampler=sampler, draws=draws,
                     draw_children=do_sample, draw_choice=draw_choice,
-                    limits=limits, criteria=request.criteria, streamer=request.streamer, stats=stats,
+                    limits=limits, criteria=request.criteria, streamer=request.streamer, on_step=self.on_step,
+                    stats=stats,
                 )  # fmt: skip
-                for step in decoder.run(prompts.logits, prompts.row_of):
-                    if self.on_step is not None:
-                        self.on_step(step)
+                decoder.run(prompts.logits, prompts.row_of)
             ops.raise_if_flagged(device)
             if request.streamer is not None:
                 request.streamer.end()

@@ -8,9 +8,10 @@ the length limit or the model's last position, is forwarded and not expanded; af
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -82,12 +83,31 @@ class HeadRows:
 
 @dataclass(frozen=True)
 class StepView:
-    """One decision, for whoever looks on: the complete tree and what the router made of it."""
+    """One decision, for whoever looks on: the complete tree and what the router made of it.
+
+    The tensors are copies, made only where someone looks on; what a row that has ended says is of no meaning.
+
+    Attributes:
+        step: tokens committed before this decision, by every row that goes on.
+        tokens: int64 ``[B, slots]`` in level order (``ops.tree_shape``), -1 where there is no node.
+        router_log_probs: fp32 ``[B, K]``.
+        choice: int64 ``[B]``, -1 for rows that have ended.
+        log_probs: fp32 ``[B, slots]``, under which each node was drawn, filters included; 0 where there is no node.
+        hidden: the model's dtype ``[B, slots, D]``, what the router read: the head's inputs.
+        node_of: int64 ``[B, slots]``, which cache slot behind the committed text holds a node; with ``trie`` equal
+            paths share one.
+        moves: int32 ``[B, M]``: after the decision cache slot i behind the text of then receives that of
+            ``moves[b, i]``, -1: none. The first is the committed token's, which joins the text.
+    """
 
     step: int
-    tokens: Tensor  # [B, slots], -1 where there is no node
-    router_log_probs: Tensor  # [B, K]
-    choice: Tensor  # [B], -1 for rows that have ended
+    tokens: Tensor
+    router_log_probs: Tensor
+    choice: Tensor
+    log_probs: Tensor
+    hidden: Tensor
+    node_of: Tensor
+    moves: Tensor
 
 
 class TreeDecoder:
@@ -103,6 +123,7 @@ class TreeDecoder:
         draw_children, draw_choice: whether children are drawn or the most likely tokens, and likewise the choice.
         limits, criteria: where texts end.
         streamer: gets every committed token.
+        on_step: is given every decision; None where nobody looks on, which spares the copies.
         stats: is added to.
     """
 
@@ -122,19 +143,22 @@ class TreeDecoder:
         limits: Limits,
         criteria: StoppingCriteriaList,
         streamer: BaseStreamer | None,
+        on_step: Callable[[StepView], None] | None,
         stats: DecodingStats,
     ) -> None:
         rows, device = len(sequences), sequences.device
         self.adapter, self.cache, self.tree, self.routing, self.sampler = adapter, cache, tree, routing, sampler
         self.draws, self.draw_children, self.draw_choice = draws, draw_children, draw_choice
         self.limits, self.criteria = limits, criteria
-        self.streamer, self.stats = streamer, stats
+        self.streamer, self.on_step, self.stats = streamer, on_step, stats
         self.sequences, self.next_positions = sequences, next_positions
         self.step = 0  # committed tokens of every row that is still active
         self.active = torch.ones(rows, dtype=torch.bool, device=device)
         self.any_active = self.all_active = True
         self._done = torch.zeros_like(self.active)  # rows for which the criteria have said so, at any step
         self.hidden: Tensor | None = None  # [B, slots, D] of the tree
+        self._slot_log_probs = torch.zeros((rows, tree.num_slots), device=device)  # kept up where someone looks on
+        self._view: StepView | None = None
         self.num_committed = torch.zeros(rows, dtype=torch.int64, device=device)
         self._forwarded = torch.zeros((), dtype=torch.int64, device=device)
         # The trajectory: a layer of nodes per forward, a choice per step.
@@ -147,8 +171,8 @@ class TreeDecoder:
         self.raw_logits: list[Tensor] = []
         self.scores: list[Tensor] = []
 
-    def run(self, root_logits: Tensor, row_of: Tensor) -> Iterator[StepView]:
-        """The loop; yields after every decision.
+    def run(self, root_logits: Tensor, row_of: Tensor) -> None:
+        """The loop.
 
         Args:
             root_logits: ``[prompts, V]`` behind the prompts.
@@ -159,7 +183,8 @@ class TreeDecoder:
             frontier = self._grow(layer, frontier)
         while self.any_active:
             frontier = self._grow(self.tree.depth, frontier)
-            yield self._view
+            if self.on_step is not None and self._view is not None:
+                self.on_step(self._view)
         self.stats.committed_tokens += int(self.num_committed.sum())
         self.stats.forwarded_nodes += int(self._forwarded)
 
@@ -174,6 +199,8 @@ class TreeDecoder:
             tokens, log_probs = self._children(frontier, uniforms)
             self.node_tokens.append(tokens)
             self.node_log_probs.append(log_probs)
+            if self.on_step is not None:
+                self._slot_log_probs[:, self.tree.layer(layer)] = log_probs
             growth = self.tree.grow(layer, tokens)
         complete = layer == self.tree.depth
         next_layer = layer - 1 if complete else layer
@@ -246,16 +273,26 @@ class TreeDecoder:
             winner = choice.clamp(min=0)[:, None]
             self.choices.append(choice)
             self.router_log_probs.append(torch.where(self.active, log_probs.gather(1, winner)[:, 0], 0))
-            self._view = StepView(self.step, tree.tokens.clone(), log_probs, choice)
+            seen = None
+            if self.on_step is not None:
+                # What the commit overwrites is copied now; what moves is known after it.
+                seen = partial(
+                    StepView, self.step, tree.tokens.clone(), log_probs, choice, self._slot_log_probs.clone(),
+                    self.hidden.clone(), tree.node_of.clone(),
+                )  # fmt: skip
         with self.stats.phase("commit"):
             token = torch.where(self.active, tree.tokens.gather(1, winner)[:, 0], self.limits.pad_token_id)
             root = self.hidden.gather(1, winner[..., None].expand(-1, -1, self.hidden.shape[2]))
             sources, num_moves = tree.commit(choice, all_active=self.all_active)
+            if seen is not None:
+                self._view = seen(_moves(sources, num_moves))
             self.cache.commit(sources, num_moves, backend=self.routing.backend)
             self.cache.committed(all_rows=self.all_active)
             kept = tree.num_slots - tree.width**tree.depth
             if kept:
                 self.hidden[:, :kept] = tree.shift(self.hidden, choice)
+                if self.on_step is not None:
+                    self._slot_log_probs[:, :kept] = tree.shift(self._slot_log_probs, choice)
             self._shift_logits(choice)
             self.num_committed += self.active
             self.step += 1
@@ -312,3 +349,10 @@ class TreeDecoder:
             (a.unflatten(1, (self.tree.width, -1))[rows, below], b.unflatten(1, (self.tree.width, -1))[rows, below])
             for a, b in self._layer_logits
         ]
+
+
+def _moves(sources: Tensor, num_moves: Tensor | None) -> Tensor:
+    """What ``ops.commit_`` is asked for, with -1 behind each row's last move."""
+    if num_moves is None:
+        return sources
+    return sources.where(torch.arange(sources.shape[1], device=sources.device) < num_moves[:, None], -1)

@@ -16,12 +16,15 @@ numbers in base 4 (``gpu``: 2), and what stands in ``arms``.
 from __future__ import annotations
 
 import copy
+import datetime
 import json
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -33,11 +36,13 @@ from decode import Way, evaluate, lbr, multiplex, plain, soft
 from model import DEPTHS, PRESETS, Preset, Stage, build_model, build_routers, load, save
 from packs import make_pack
 from probes import identity_states, probe_accuracy, target_states
+from results import draw, write_tables
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from lbr_kernels.evaluation.demo import CHECKPOINT
 from lbr_kernels.evaluation.machine import machine
 from lbr_kernels.evaluation.reachability import Problem, evaluation_problems
 from lbr_kernels.router import Router
@@ -62,6 +67,7 @@ Size = Annotated[
     str, typer.Option("--preset", parser=one_of(PRESETS), metavar="|".join(PRESETS), help="The study's size.")
 ]
 Seeds = Annotated[list[int], typer.Option("--seed", help="May be given several times.")]
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 KINDS = ("last", "best")  # checkpoints: the last, and the best on validation graphs
 
 
@@ -327,6 +333,65 @@ def run(
         tasks = [(arm, seed) for seed in seeds for arm in sorted(ARMS, key=list(ARMS).index, reverse=True)]
         list(pool.map(lambda task: call("train", task[1], task[0]), [task for task in tasks if missing(*task)]))
         list(pool.map(lambda seed: call("judge", seed), [seed for seed in seeds if missing("judged", seed)]))
+
+
+@app.command()
+def report(
+    work: Work,
+    preset: Size = "cpu",
+    results: Annotated[Path, typer.Option(help="Where JSON, figures and page go.", file_okay=False)] = RESULTS,
+) -> None:
+    """Write the JSON of all runs, draw the figures, and fill in the page's tables."""
+    folders = sorted(work.glob("seed-*"), key=lambda folder: int(folder.name.removeprefix("seed-")))
+    seeds = [int(folder.name.removeprefix("seed-")) for folder in folders]
+    data = {
+        "date": datetime.date.today().isoformat(),
+        "command": f"python python/reachability/synthetic.py run WORK --preset {preset}"
+        + "".join(f" --seed {seed}" for seed in seeds),
+        "machine": machine(),
+        "preset": asdict(PRESETS[preset]),
+        "times": _read(work / "times.json"),
+        "seeds": {
+            str(seed): {
+                "base": _read(folder / "base.json"),
+                "arms": {arm: _read(folder / f"{arm}.json") for arm in ARMS},
+                "judged": _read(folder / "judged.json"),
+            }
+            for seed, folder in zip(seeds, folders, strict=True)
+        },
+    }
+    path = results / f"{data['date']}-study-{preset}.json"
+    path.write_text(json.dumps(data) + "\n")
+    figures(path)
+
+
+@app.command()
+def figures(path: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) -> None:
+    """Draw the figures again, and fill in the tables of the page beside them, if there is one."""
+    for drawn in draw(path):
+        console.print(drawn.name, highlight=False)
+    if (page := path.with_name("study.md")).exists():
+        write_tables(path, page)
+
+
+@app.command()
+def demo(
+    work: Work,
+    out: Annotated[Path, typer.Option(help="Directory of the checkpoint.", file_okay=False)] = CHECKPOINT,
+) -> None:
+    """Write the checkpoint that the package ships: of all seeds' the best on validation graphs."""
+    told = {
+        max(point["accuracy"] for point in _read(folder / "lbr.json")["curve"]): folder / "lbr" / "best"
+        for folder in sorted(work.glob("seed-*"))
+    }
+    accuracy, best = max(told.items())
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(best, out)
+    console.print(f"{best} with {accuracy:.3f} on validation graphs", highlight=False)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

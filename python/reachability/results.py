@@ -32,8 +32,8 @@ DECODED = {
 }
 
 # What the paper's section 4 and appendix B report: figure, quantity, its numbers, where ours are in the JSON.
-Source = tuple[str, ...]
-PAPER: list[tuple[str, str, str, list[Source]]] = [
+Source = tuple[str, str, str]
+PAPER: Sequence[tuple[str, str, str, Sequence[Source]]] = [
     ("4a", "target accuracy, LBR", "0.967", [("decoded", "oracle last: oracle", "accuracy")]),
     ("4a", "target accuracy, CoT", "0.914", [("decoded", "cot last: greedy", "accuracy")]),
     ("4a", "target accuracy, Soft Thinking", "0.845", [("decoded", "soft last: soft, oracle", "accuracy")]),
