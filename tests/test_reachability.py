@@ -1,4 +1,4 @@
-"""The demo's task, its checkpoint, and the script that trains it.
+"""The demo's task and its checkpoint.
 
 The checks of the task are written from its definition alone: a breadth-first search on the edges as they stand in the
 prompt's text, not the functions that made them.
@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import packs
 import pytest
 import torch
-import train as training
-from token_tree import TokenTree
-from token_tree import decode as plain_lbr
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -424,47 +420,19 @@ def test_the_router_helps(model):
     assert abs(share["uniform"] - plain) < 0.08  # two and a half standard deviations of the difference
 
 
-def test_training_tree_is_the_model(model):
-    """Nodes of a token tree have the hidden states of plain forwards of their paths."""
-    prompt = torch.tensor([prompt_ids(evaluation_problems(OPTIONS, 2, hops=(2,), seed=14)[0], OPTIONS)])
-    with torch.no_grad():
-        tree = TokenTree.from_prompts(model, prompt)
-        root = torch.full((1, 3), prompt.shape[1] - 1)
-        first = tree.grow(root, torch.tensor([[7, 8, 9]]))
-        second = tree.grow(first[:, [2, 0]], torch.tensor([[11, 12]]))
-        for path, slot in (([9, 11], second[0, 0]), ([7, 12], second[0, 1]), ([8], first[0, 1])):
-            full = torch.cat([prompt, torch.tensor([path])], dim=1)
-            expected = model.base_model(full).last_hidden_state[0, -1]
-            torch.testing.assert_close(tree.hidden[0, slot], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_training_decoder_and_generate_agree(model):
-    """Two decoders with nothing in common but the model: equally right on the same problems."""
-    problems = evaluation_problems(OPTIONS, 400, hops=(1, 2, 3), seed=15)
-    prompts = torch.tensor([prompt_ids(problem, OPTIONS) for problem in problems])
-    router, length = Router.from_pretrained(CHECKPOINT / "router-depth1"), OPTIONS.max_answer_length
-    generator = torch.Generator().manual_seed(15)
-    ours = lbr_kernels.generate(
-        model, prompts, width=2, depth=1, router=router, do_sample=True, top_k=0, max_new_tokens=length,
-        generator=generator,
-    )  # fmt: skip
-    plain = plain_lbr(model, prompts, max_new_tokens=length, end=EOS, width=2, router=router, generator=generator)
-    difference = accuracy(ours, problems) - accuracy(torch.cat([prompts, plain], dim=1), problems)
-    assert abs(difference) < 0.08
-
-
 def test_training_packs_hold_whole_problems():
-    """Every branch of a pack, read along its mask, is a prompt with a right answer, or a walk."""
-    pack = packs.training_pack(OPTIONS, (1, 2, 3), graphs=2, pairs=2, walks=1, rng=np.random.default_rng(16))
-    branches = pack.answers.shape[1] // OPTIONS.max_answer_length
-    assert branches == 5
+    """Every branch of a pack, read from its end up, is a prompt with a right answer, or a walk."""
+    pack = packs.make_pack(OPTIONS, (1, 2, 3), graphs=2, pairs=2, walks=1, rng=np.random.default_rng(16))
+    assert pack.branches == 5
     for row in range(2):
-        for branch in range(branches):
+        for branch in range(pack.branches):
             places = slice(branch * OPTIONS.max_answer_length, (branch + 1) * OPTIONS.max_answer_length)
             slots, targets = pack.answers[row, places], pack.targets[row, places]
-            path = pack.visible[row, slots[-1]].nonzero()[:, 0]
-            assert pack.positions[row, path].tolist() == list(range(len(path)))
-            ids = pack.tokens[row, path].tolist()
+            path = [int(slots[-1])]
+            while path[0] >= 0:
+                path.insert(0, int(pack.forest.parents[row, path[0]]))
+            path = path[1:]
+            ids = pack.forest.tokens[row, path].tolist()
             answer = targets[targets != PAD].tolist()
             assert ids[-OPTIONS.max_answer_length :][: len(answer)] == answer
             assert answer[-1] == EOS
@@ -487,25 +455,8 @@ def test_training_packs_hold_whole_problems():
 
 @pytest.mark.parametrize(("pairs", "walks"), [(0, 2), (1, 0)])
 def test_packs_of_walks_or_questions_alone(pairs, walks):
-    pack = packs.training_pack(OPTIONS, (1,), graphs=2, pairs=pairs, walks=walks, rng=np.random.default_rng(22))
+    pack = packs.make_pack(OPTIONS, (1,), graphs=2, pairs=pairs, walks=walks, rng=np.random.default_rng(22))
     assert pack.targets.shape == (2, (2 * pairs + walks) * OPTIONS.max_answer_length)
     assert pack.right.shape == pack.legal.shape == (*pack.targets.shape, OPTIONS.vocab_size)
     told = pack.targets != PAD
     assert pack.legal[told].gather(1, pack.targets[told][:, None]).all()
-
-
-def test_training_runs(tmp_path: Path):
-    """One step of every stage, saved and read back: losses are finite, everything has learned, the layout is right."""
-    torch.manual_seed(17)
-    model = training.build_model()
-    routers = {depth: Router.for_model(model, depth=depth, dim=16, num_heads=2) for depth in training.DEPTHS}
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    stages = [replace(stage, steps=2) for stage in training.curriculum(2)]
-    reports = list(training.train(model, routers, stages, np.random.default_rng(17), 1.0))
-    assert len(reports) == 2 * len(stages)
-    assert all("nan" not in report and "inf" not in report for report in reports)
-    assert "K3 L2" in reports[-1]
-    assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    training.save(model, routers, tmp_path)
-    table = training.evaluate(tmp_path, evaluation_problems(OPTIONS, 4, hops=(1,), seed=17), seed=17)
-    assert table.row_count == 7

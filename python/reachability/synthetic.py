@@ -319,7 +319,7 @@ def run(
     preset: Size = "cpu",
     jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
 ) -> None:
-    """Train and judge everything that WORK does not hold yet."""
+    """Train, judge and time everything that WORK does not hold yet."""
 
     def call(command: str, seed: int, *arguments: str) -> None:
         program = [sys.executable, __file__, command, str(work), *arguments, "--seed", str(seed), "--preset", preset]
@@ -333,6 +333,8 @@ def run(
         tasks = [(arm, seed) for seed in seeds for arm in sorted(ARMS, key=list(ARMS).index, reverse=True)]
         list(pool.map(lambda task: call("train", task[1], task[0]), [task for task in tasks if missing(*task)]))
         list(pool.map(lambda seed: call("judge", seed), [seed for seed in seeds if missing("judged", seed)]))
+    if not (work / "times.json").exists():
+        call("time", seeds[0])  # alone
 
 
 @app.command()
