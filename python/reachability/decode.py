@@ -30,7 +30,7 @@ BATCH = 100  # problems that are decoded together
 
 
 class LegalTokens(LogitsProcessor):
-    """Rules out all tokens that are not legal behind what a row has committed; a row that has ended is left alone."""
+    """Rules out all tokens that are not legal behind what a row has committed; where nothing is, the answer ends."""
 
     def __init__(self, problems: Sequence[Problem], options: ReachabilityOptions) -> None:
         self.problems, self.options = problems, options
@@ -42,7 +42,7 @@ class LegalTokens(LogitsProcessor):
         answers = input_ids[:, self.options.prompt_length :].tolist()
         for row, (problem, answer) in enumerate(zip(self.problems, answers, strict=True)):
             legal = legal_tokens(problem, answer, self.options)
-            ruled_out[row, list(legal or range(scores.shape[1]))] = False
+            ruled_out[row, list(legal or [EOS])] = False
         return scores.masked_fill(ruled_out, -torch.inf)
 
 
@@ -110,7 +110,7 @@ def lbr(
     ) -> Any:  # fmt: skip
         return generate(
             model, prompts, width=width, depth=depth, router=router, do_sample=do_sample, generator=generator,
-            logits_processor=processors, **settings,
+            logits_processor=processors, candidate_min_p=0.0, **settings,
         )  # fmt: skip
 
     return Way(name, oracle, decode)
