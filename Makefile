@@ -10,7 +10,11 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 SETUP := pyproject.toml setup.py
 
-.PHONY: demo test test-full test-sanitize gpu-check gpu-resources lint format bench bench-quick bench-check clean help
+STUDY ?= .study
+PRESET ?= cpu
+SEEDS ?= 0 1 2
+
+.PHONY: demo study test test-full test-sanitize gpu-check gpu-resources lint format bench bench-quick bench-check clean help
 
 help:  ## This list.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,6 +22,11 @@ help:  ## This list.
 demo: $(VENV)/.package  ## Watch a small model decode with a rolling lookahead tree, then compare it with plain decoding.
 	$(BIN)/lbr-kernels build
 	$(BIN)/lbr-kernels demo
+
+study: $(VENV)/.test  ## The paper's synthetic study: an hour a seed on two cores; PRESET=smoke SEEDS=0 takes 2 minutes.
+	$(BIN)/lbr-kernels build
+	$(BIN)/python python/reachability/synthetic.py run $(STUDY)/$(PRESET) --preset $(PRESET) --jobs $(JOBS) $(addprefix --seed ,$(SEEDS))
+	$(BIN)/python python/reachability/synthetic.py report $(STUDY)/$(PRESET) --preset $(PRESET) --results $(STUDY)
 
 test: $(VENV)/.test  ## Build the kernels and run the tests.
 	$(BIN)/lbr-kernels build
