@@ -52,6 +52,7 @@ class Preset:
     held_out: int
     problems: int
     probed: int  # training problems, and as many others, whose states the probes see
+    rounds: int  # in which all ways of decoding are timed
     lr: float = 3e-3
     router_lr: float = 2e-3
 
@@ -77,17 +78,17 @@ DECIMAL, BINARY = ReachabilityOptions(), ReachabilityOptions(radix=2, digits=4)
 PRESETS = {
     "cpu": _preset(
         DECIMAL, ReachabilityOptions(layers=2, num_edges=7), (300, 300, 250, 500, 1650),
-        dim=128, layers=4, heads=4, router_dim=64, graphs=4, trees=10, points=10, held_out=300, problems=1200,
-        probed=3000,
+        dim=128, layers=4, heads=4, router_dim=64, graphs=4, trees=10, points=10, held_out=300, problems=600,
+        probed=1500, rounds=5,
     ),
     "gpu": _preset(
         BINARY, ReachabilityOptions(layers=2, num_edges=7, radix=2, digits=4), (2000, 2000, 2000, 4000, 20000),
         dim=768, layers=2, heads=8, router_dim=128, graphs=64, trees=16, points=20, held_out=1000, problems=4000,
-        probed=10000,
+        probed=10000, rounds=5,
     ),
     "smoke": _preset(
         DECIMAL, ReachabilityOptions(layers=2, num_edges=7), (3, 3, 2, 2, 4),
-        dim=32, layers=2, heads=4, router_dim=16, graphs=2, trees=4, points=2, held_out=12, problems=24, probed=40,
+        dim=32, layers=2, heads=4, router_dim=16, graphs=2, trees=4, points=2, held_out=12, problems=24, probed=40, rounds=1,
     ),
 }  # fmt: skip
 

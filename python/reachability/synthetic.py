@@ -44,7 +44,7 @@ from transformers.utils import logging
 
 from lbr_kernels.evaluation.demo import CHECKPOINT
 from lbr_kernels.evaluation.machine import machine
-from lbr_kernels.evaluation.reachability import Problem, evaluation_problems
+from lbr_kernels.evaluation.reachability import Problem, Split, evaluation_problems
 from lbr_kernels.router import Router
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -68,6 +68,7 @@ Size = Annotated[
 ]
 Seeds = Annotated[list[int], typer.Option("--seed", help="May be given several times.")]
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
+SPLITS: tuple[Split, Split] = ("train", "test")  # what probes are fitted on and judged on
 KINDS = ("last", "best")  # checkpoints: the last, and the best on validation graphs
 
 
@@ -267,18 +268,18 @@ def judge(work: Work, seed: Annotated[int, typer.Option()] = 0, preset: Size = "
 
 
 def _probes(arm: Arm, checkpoint: Path, size: Preset, seed: int) -> dict[str, float]:
-    """Accuracies of all probes of one model."""
+    """Accuracies of the probes of one model: those that are shown."""
     model, _ = load(checkpoint, device())
     results = {}
-    seen, unseen = (target_states(model, size, size.probed, split=split, seed=seed) for split in ("train", "test"))
-    for (number, place), labelled in seen.items():
-        for kind, train_set, test_set in zip(("name", "order"), labelled, unseen[number, place], strict=True):
-            results[f"target {kind}, branching {number}, {place}"] = probe_accuracy(train_set, test_set)
-    nodes, others = (
-        identity_states(model, size, size.probed, arm, split=split, seed=seed) for split in ("train", "test")
-    )
-    for place, train_set in nodes.items():
-        results[f"node, {place}"] = probe_accuracy(train_set, others[place])
+    if arm in ("cot", "oracle", "lbr"):
+        seen, unseen = (target_states(model, size, size.probed, split=split, seed=seed) for split in SPLITS)
+        for (number, place), labelled in seen.items():
+            for kind, train_set, test_set in zip(("name", "order"), labelled, unseen[number, place], strict=True):
+                results[f"target {kind}, branching {number}, {place}"] = probe_accuracy(train_set, test_set)
+    if arm in ("cot", "oracle", "soft"):
+        nodes, others = (identity_states(model, size, size.probed, arm, split=split, seed=seed) for split in SPLITS)
+        for place, train_set in nodes.items():
+            results[f"node, {place}"] = probe_accuracy(train_set, others[place])
     return results
 
 
@@ -287,7 +288,6 @@ def time_(
     work: Work,
     seed: Annotated[int, typer.Option()] = 0,
     preset: Size = "cpu",
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Time all ways of decoding in turns: seconds per problem, on a machine that does nothing else."""
@@ -300,7 +300,7 @@ def time_(
     )
     loaded = {arm: load(folder / arm / "last", device()) for arm in ARMS}
     seconds: dict[str, list[float]] = {}
-    for number in range(rounds + 1):
+    for number in range(size.rounds + 1):
         for arm, (model, routers) in loaded.items():
             for way in ways_of(arm, routers, size.options.radix):
                 took = evaluate(way, model, problems, size.options, seed).seconds / len(problems)
