@@ -88,7 +88,8 @@ PRESETS = {
     ),
     "smoke": _preset(
         DECIMAL, ReachabilityOptions(layers=2, num_edges=7), (3, 3, 2, 2, 4),
-        dim=32, layers=2, heads=4, router_dim=16, graphs=2, trees=4, points=2, held_out=12, problems=24, probed=40, rounds=1,
+        dim=32, layers=2, heads=4, router_dim=16, graphs=2, trees=4, points=2, held_out=12, problems=24,
+        probed=40, rounds=1,
     ),
 }  # fmt: skip
 
