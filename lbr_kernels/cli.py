@@ -81,7 +81,7 @@ def demo(
     """Watch one problem being decoded, then see Local Branch Routing beside plain decoding.
 
     The task is graph reachability: follow edges from a root to the one of two targets that can be reached. The model
-    (0.8 M parameters) and its routers come with the package; python/reachability/train.py trains them.
+    (0.8 M parameters) and its routers come with the package; python/reachability/synthetic.py trains them.
     """
     if problems % 2:
         raise fail(f"--problems is {problems}, expected an even number: problems come in twin pairs")

@@ -1,13 +1,14 @@
-"""Pass@k by trying all choices, and Wilson's interval where it is known."""
+"""Pass@k by trying all choices, and intervals where they are known."""
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from statistics import mean
 
 import pytest
 
-from lbr_kernels.evaluation.statistics import pass_at_k, wilson_interval
+from lbr_kernels.evaluation.statistics import mean_interval, pass_at_k, wilson_interval
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 8])
@@ -35,3 +36,16 @@ def test_wilson_interval():
     assert wilson_interval(0, 10)[0] == pytest.approx(0)
     with pytest.raises(ValueError, match="wilson_interval"):
         wilson_interval(1, 0)
+
+
+def test_mean_interval():
+    """By scipy's t distribution; nothing is known of the spread of a single value."""
+    stats = pytest.importorskip("scipy.stats")
+    for values in ([0.5, 0.6], [0.1, 0.4, 0.2], list(range(29)), [1.0, 1.0, 1.0], list(range(200))):
+        middle, half = mean_interval(values)
+        assert middle == pytest.approx(mean(values))
+        error = stats.sem(values) if len(set(values)) > 1 else 0
+        assert half == pytest.approx(stats.t.ppf(0.975, len(values) - 1) * error, rel=2e-3)
+    assert mean_interval([0.3]) == (0.3, math.inf)
+    with pytest.raises(ValueError, match="mean_interval: values is empty"):
+        mean_interval([])

@@ -37,7 +37,7 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - k / n for n in range(wrong + 1, samples + 1))
 
 
-# Student's t at 97.5 %, by degrees of freedom; from 30 on the normal distribution's is near enough.
+# Student's t at 97.5 %, by degrees of freedom; from 30 on an expansion in them is near enough.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)  # fmt: skip
 
@@ -53,5 +53,5 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     if count == 1:
         return mean, math.inf
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    quantile = _T[count - 2] if count - 2 < len(_T) else 1.96
+    quantile = _T[count - 2] if count - 2 < len(_T) else 1.96 + 2.37 / (count - 1)
     return mean, quantile * deviation / math.sqrt(count)
