@@ -77,6 +77,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _prepare(threads: int = 1) -> None:
+    """Few words of transformers' own; one thread, since runs stand side by side."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +143,65 @@ def own_way(arm: Arm, routers: dict[int, Router], width: int) -> Way:
     return ways[arm]()
 
 
+class HeldOut:
+    """Judges a model on validation graphs so many times along the way, and keeps the best.
+
+    ``curve`` has a point for each time: the step, minutes of training, losses, accuracy, the routers' quality.
+    """
+
+    def __init__(
+        self, arm: Arm, model: PreTrainedModel, routers: nn.ModuleDict, preset: Preset, seed: int, label: str
+    ) -> None:
+        self.arm, self.model, self.routers, self.preset, self.seed, self.label = (
+            arm,
+            model,
+            routers,
+            preset,
+            seed,
+            label,
+        )
+        hops = preset.curriculum[-1].hops
+        self.problems = evaluation_problems(preset.options, preset.held_out, hops=hops, seed=seed, split="validation")
+        self.pack = make_pack(
+            preset.options, hops, graphs=40, pairs=6, walks=0, rng=np.random.default_rng([seed, 3]),
+            split="validation",
+        ).to(model.device)  # fmt: skip
+        self.total = sum(stage.steps for stage in preset.curriculum)
+        self.curve: list[dict[str, float]] = []
+        self.best: tuple[float, dict[str, Tensor], dict[str, Tensor]] = (-1.0, {}, {})
+        self.began, self.paused = time.perf_counter(), 0.0
+
+    def __call__(self, step: int, terms: dict[str, float]) -> None:
+        """After every step."""
+        if step * self.preset.points // self.total == (step - 1) * self.preset.points // self.total:
+            return
+        stopped = time.perf_counter()
+        self.model.eval()
+        routers = {int(depth): cast(Router, router).eval() for depth, router in self.routers.items()}
+        way = own_way(self.arm, routers, self.preset.options.radix)
+        with torch.random.fork_rng():  # judging draws nothing from the training's source
+            accuracy = evaluate(way, self.model, self.problems, self.preset.options, self.seed).accuracy
+            quality = router_quality(self.arm, self.model, self.routers, self.pack, self.preset)
+        self.model.train()
+        self.routers.train()
+        self.paused += time.perf_counter() - stopped
+        minutes = (time.perf_counter() - self.began - self.paused) / 60
+        self.curve.append({"step": step, "minutes": minutes, "accuracy": accuracy, **terms, **quality})
+        console.print(f"{self.label} {step}/{self.total}: {accuracy:.3f} after {minutes:.1f} min", highlight=False)
+        if accuracy > self.best[0]:
+            self.best = accuracy, copy.deepcopy(self.model.state_dict()), copy.deepcopy(self.routers.state_dict())
+
+
+def pretrain(model: PreTrainedModel, ahead: MultiToken, preset: Preset, seed: int) -> dict[str, float]:
+    """Random walks; the mean of the last losses."""
+    told: list[dict[str, float]] = []
+    train_stages(
+        "cot", model, ahead, nn.ModuleDict(), preset, preset.pretraining, np.random.default_rng([seed, 0]),
+        lambda _, terms: told.append(terms),
+    )  # fmt: skip
+    return {name: float(np.mean([terms[name] for terms in told[-50:]])) for name in told[-1]}
+
+
 @app.command()
 def train(
     work: Work,
@@ -144,23 +210,13 @@ def train(
     preset: Size = "cpu",
 ) -> None:
     """Pre-train the model that all methods start from (base), or train one method from it."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    size, folder = PRESETS[preset], work / f"seed-{seed}"
+    _prepare()
+    size, folder, began = PRESETS[preset], work / f"seed-{seed}", time.perf_counter()
     torch.manual_seed(seed)
     model, ahead = build_model(size).to(device()), MultiToken(size.dim).to(device())
-    began = time.perf_counter()
     if arm == "base":
-        routers = build_routers(model, size, depths=(), independent=False)
-        told: list[dict[str, float]] = []
-
-        def keep(step: int, terms: dict[str, float]) -> None:
-            told.append(terms)
-
-        train_stages("cot", model, ahead, routers, size, size.pretraining, np.random.default_rng([seed, 0]), keep)
+        last = pretrain(model, ahead, size, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        last = {name: float(np.mean([terms[name] for terms in told[-50:]])) for name in told[-1]}
         torch.save({"model": model.state_dict(), "ahead": ahead.state_dict()}, folder / "base.pt")
         _write(folder / "base.json", {"minutes": (time.perf_counter() - began) / 60, "losses": last})
         return
@@ -169,46 +225,15 @@ def train(
     ahead.load_state_dict(start["ahead"])
     method = cast(Arm, arm)
     routers = build_routers(model, size, depths=DEPTHS_OF[method], independent=arm == "independent")
-    held_out = evaluation_problems(
-        size.options, size.held_out, hops=size.curriculum[-1].hops, seed=seed, split="validation"
-    )
-    quality_pack = make_pack(
-        size.options, size.curriculum[-1].hops, graphs=40, pairs=6, walks=0, rng=np.random.default_rng([seed, 3]),
-        split="validation",
-    ).to(device())  # fmt: skip
-    total = sum(stage.steps for stage in size.curriculum)
-    curve: list[dict[str, float]] = []
-    best: tuple[float, dict[str, Tensor], dict[str, Tensor]] | None = None
-    evaluating = 0.0
-
-    def judge(step: int, terms: dict[str, float]) -> None:
-        nonlocal best, evaluating
-        if step * size.points // total == (step - 1) * size.points // total:
-            return
-        paused = time.perf_counter()
-        model.eval()
-        by_depth = {int(depth): cast(Router, router).eval() for depth, router in routers.items()}
-        random = torch.random.get_rng_state()  # judging draws nothing from the training's source
-        accuracy = evaluate(own_way(method, by_depth, size.options.radix), model, held_out, size.options, seed).accuracy
-        quality = router_quality(method, model, routers, quality_pack, size)
-        torch.random.set_rng_state(random)
-        model.train()
-        routers.train()
-        evaluating += time.perf_counter() - paused
-        minutes = (time.perf_counter() - began - evaluating) / 60
-        curve.append({"step": step, "minutes": minutes, "accuracy": accuracy, **terms, **quality})
-        console.print(f"{folder.name} {arm} {step}/{total}: {accuracy:.3f} after {minutes:.1f} min", highlight=False)
-        if best is None or accuracy > best[0]:
-            best = accuracy, copy.deepcopy(model.state_dict()), copy.deepcopy(routers.state_dict())
-
     torch.manual_seed(seed)
-    train_stages(method, model, ahead, routers, size, size.curriculum, np.random.default_rng([seed, 1]), judge)
+    held_out = HeldOut(method, model, routers, size, seed, f"{folder.name} {arm}")
+    train_stages(method, model, ahead, routers, size, size.curriculum, np.random.default_rng([seed, 1]), held_out)
     save(model, routers, folder / arm / "last", size.options)
-    assert best is not None
-    model.load_state_dict(best[1])
-    routers.load_state_dict(best[2])
+    _, best_model, best_routers = held_out.best
+    model.load_state_dict(best_model)
+    routers.load_state_dict(best_routers)
     save(model, routers, folder / arm / "best", size.options)
-    _write(folder / f"{arm}.json", {"minutes": curve[-1]["minutes"], "curve": curve})
+    _write(folder / f"{arm}.json", {"minutes": held_out.curve[-1]["minutes"], "curve": held_out.curve})
 
 
 # --- judging --------------------------------------------------------------------------------------------------------
@@ -242,9 +267,7 @@ def ways_of(arm: Arm, routers: dict[int, Router], width: int) -> list[Way]:
 @app.command()
 def judge(work: Work, seed: Annotated[int, typer.Option()] = 0, preset: Size = "cpu") -> None:
     """Decode unseen graphs in every way, and fit the probes."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    _prepare()
     size, folder, began = PRESETS[preset], work / f"seed-{seed}", time.perf_counter()
     problems = evaluation_problems(size.options, size.problems, hops=size.curriculum[-1].hops, seed=seed)
     decoded: dict[str, Any] = {}
@@ -291,9 +314,7 @@ def time_(
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Time all ways of decoding in turns: seconds per problem, on a machine that does nothing else."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(threads)
+    _prepare(threads)
     size, folder = PRESETS[preset], work / f"seed-{seed}"
     problems: list[Problem] = evaluation_problems(
         size.options, min(200, size.problems), hops=size.curriculum[-1].hops, seed=seed, split="validation"
