@@ -358,7 +358,7 @@ def test_smoke(tmp_path: Path):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     study = results.Study(data)
-    assert f"{study.decoded('cot last: greedy', 'accuracy').mean():.3f}" in text
+    assert f"{study.decoded('cot', 'greedy', 'accuracy').mean():.3f}" in text
     assert text.count("\n|") == 2 * 3 + len(results.PAPER) + len(study.ways()) + 4
     recorded = json.loads(data.read_text())
     assert [point["step"] for point in recorded["seeds"]["0"]["arms"]["lbr"]["curve"]] == [4, 8]

@@ -34,9 +34,9 @@ DECODED = {
 # What the paper's section 4 and appendix B report: figure, quantity, its numbers, where ours are in the JSON.
 Source = tuple[str, str, str]
 PAPER: Sequence[tuple[str, str, str, Sequence[Source]]] = [
-    ("4a", "target accuracy, LBR", "0.967", [("decoded", "oracle last: oracle", "accuracy")]),
-    ("4a", "target accuracy, CoT", "0.914", [("decoded", "cot last: greedy", "accuracy")]),
-    ("4a", "target accuracy, Soft Thinking", "0.845", [("decoded", "soft last: soft, oracle", "accuracy")]),
+    ("4a", "target accuracy, LBR", "0.967", [("decoded", "oracle", "oracle")]),
+    ("4a", "target accuracy, CoT", "0.914", [("decoded", "cot", "greedy")]),
+    ("4a", "target accuracy, Soft Thinking", "0.845", [("decoded", "soft", "soft, oracle")]),
     ("4a", "router accuracy, beginning → end", "0.943 → 0.978", [("curve", "oracle", "router accuracy")]),
     ("4a", "divergence at branchings, beginning → end", "0.022 → 0.005", [("curve", "oracle", "router divergence")]),
     *(
@@ -76,27 +76,29 @@ class Study:
         self.data: dict[str, Any] = json.loads(path.read_text())
         self.seeds: list[dict[str, Any]] = list(self.data["seeds"].values())
 
-    def curve(self, arm: str, key: str) -> NDArray[np.float64]:
-        """``[seeds, points]``; NaN where a run has no such figure."""
-        curves = [seed["arms"][arm]["curve"] for seed in self.seeds]
-        return np.array([[point.get(key, np.nan) for point in curve] for curve in curves], dtype=np.float64)
+    def arm(self, name: str) -> list[dict[str, Any]]:
+        """A method's runs, of every seed that has one."""
+        return [seed["arms"][name] for seed in self.seeds if name in seed["arms"]]
 
-    def decoded(self, way: str, key: str) -> NDArray[np.float64]:
+    def curve(self, arm: str, key: str) -> NDArray[np.float64]:
+        """``[seeds, points]`` of what was kept along the way."""
+        return np.array([[point[key] for point in run["curve"]] for run in self.arm(arm)], dtype=np.float64)
+
+    def decoded(self, arm: str, way: str, key: str, kind: str = "last") -> NDArray[np.float64]:
         """One figure of a way of decoding for each seed, ``[seeds]``."""
-        return np.array([seed["judged"]["decoded"][way][key] for seed in self.seeds], dtype=np.float64)
+        return np.array([run["decoded"][way][kind][key] for run in self.arm(arm)], dtype=np.float64)
 
     def probe(self, arm: str, name: str) -> NDArray[np.float64]:
         """A probe's accuracy for each seed, ``[seeds]``."""
-        return np.array([seed["judged"]["probes"][arm][name] for seed in self.seeds], dtype=np.float64)
+        return np.array([run["probes"][name] for run in self.arm(arm)], dtype=np.float64)
 
-    def ways(self) -> list[str]:
-        """All ways of decoding, without the kind of checkpoint: ``arm: way``."""
-        names = self.seeds[0]["judged"]["decoded"]
-        return [name.replace(" last:", ":") for name in names if " last:" in name]
+    def ways(self) -> list[tuple[str, str]]:
+        """Methods, and the ways in which they were decoded."""
+        return [(arm, way) for arm in NAMES for way in self.arm(arm)[0]["decoded"]]
 
-    def seconds(self, way: str) -> tuple[float, float, float]:
+    def seconds(self, arm: str, way: str) -> tuple[float, float, float]:
         """Seconds per problem: the median over rounds, and the quartiles."""
-        rounds = self.data["times"]["seconds_per_problem"][way]
+        rounds = self.data["times"]["seconds_per_problem"][arm][way]
         low, middle, high = np.quantile(rounds, (0.25, 0.5, 0.75))
         return float(middle), float(low), float(high)
 
@@ -117,34 +119,30 @@ def paper_table(study: Study) -> str:
                 values = study.curve(name, key)
                 parts.append(f"{spread(values[:, 0])} → {spread(values[:, -1])}")
             else:
-                parts.append(spread(study.decoded(name, key) if kind == "decoded" else study.probe(name, key)))
+                values = study.decoded(name, key, "accuracy") if kind == "decoded" else study.probe(name, key)
+                parts.append(spread(values))
         lines.append(f"| {figure} | {what} | {theirs} | {' / '.join(parts)} |")
     return "\n".join(lines)
 
 
 def ways_table(study: Study) -> str:
     """Every way of decoding: accuracy of the last and of the best checkpoint, and what it costs."""
-    hops = list(study.seeds[0]["judged"]["decoded"][study.ways()[0].replace(":", " last:", 1)]["by_hops"])
+    hops = list(study.arm("cot")[0]["decoded"]["greedy"]["last"]["by_hops"])
     lines = [
         f"| trained as | decoded | accuracy, last | best | {' | '.join(f'{count} hops' for count in hops)} | legal | "
         "nodes per problem | ms per problem |",
         "|---|---|---|---|" + "---|" * len(hops) + "---|---|---|",
     ]
-    for way in study.ways():
-        arm, name = way.split(": ", 1)
-        last, best = f"{arm} last: {name}", f"{arm} best: {name}"
-        by_hops = np.array([
-            list(seed["judged"]["decoded"][last]["by_hops"].values()) for seed in study.seeds
-        ]).mean(axis=0)  # fmt: skip
-        middle, low, high = (1000 * value for value in study.seconds(way))
+    for arm, way in study.ways():
+        runs = [run["decoded"][way]["last"]["by_hops"] for run in study.arm(arm)]
+        middle, low, high = (1000 * value for value in study.seconds(arm, way))
         cells = [
             NAMES[arm],
-            name,
-            spread(study.decoded(last, "accuracy")),
-            spread(study.decoded(best, "accuracy")),
-            *(f"{share:.3f}" for share in by_hops),
-            f"{study.decoded(last, 'legal').mean():.3f}",
-            f"{study.decoded(last, 'nodes_per_problem').mean():.1f}",
+            way,
+            *(spread(study.decoded(arm, way, "accuracy", kind)) for kind in ("last", "best")),
+            *(f"{np.mean([run[count] for run in runs]):.3f}" for count in hops),
+            f"{study.decoded(arm, way, 'legal').mean():.3f}",
+            f"{study.decoded(arm, way, 'nodes_per_problem').mean():.1f}",
             f"{middle:.1f} ({low:.1f} to {high:.1f})",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -159,9 +157,16 @@ def router_table(study: Study) -> str:
         "|---|---|---|---|---|---|",
     ]
     for setting in settings:
-        full, alone = (study.decoded(f"{arm} last: {setting}", "accuracy") for arm in ("lbr", "independent"))
-        routers = (study.curve(arm, f"router accuracy {setting}")[:, -1] for arm in ("lbr", "independent"))
-        cells = [setting, spread(full), spread(alone), spread(full - alone), *map(spread, routers)]
+        accuracies = [study.decoded(arm, setting, "accuracy") for arm in ("lbr", "independent")]
+        both = [
+            seed["arms"][arm]["decoded"][setting]["last"]["accuracy"]
+            for seed in study.seeds
+            if {"lbr", "independent"} <= set(seed["arms"])
+            for arm in ("lbr", "independent")
+        ]
+        difference = np.array(both[::2]) - np.array(both[1::2])
+        routers = [study.curve(arm, f"router accuracy {setting}")[:, -1] for arm in ("lbr", "independent")]
+        cells = [setting, *map(spread, accuracies), spread(difference), *map(spread, routers)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -262,16 +267,15 @@ def _probes(plt: Any, study: Study) -> Any:
 def _cost(plt: Any, study: Study) -> Any:
     """Accuracy against what it costs: nodes forwarded, and seconds."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True)
-    for way in study.ways():
-        arm, name = way.split(": ", 1)
-        accuracy = study.decoded(f"{arm} last: {name}", "accuracy")
-        with_oracle = "oracle" in name
-        style = {"color": COLOURS[arm], "marker": "^" if with_oracle else "o", "linestyle": "", "markersize": 5}
-        costs = (study.decoded(f"{arm} last: {name}", "nodes_per_problem").mean(), 1000 * study.seconds(way)[0])
+    for arm, way in study.ways():
+        accuracy = study.decoded(arm, way, "accuracy")
+        marker = "^" if "oracle" in way else "o"
+        style = {"color": COLOURS[arm], "marker": marker, "linestyle": "", "markersize": 5}
+        costs = (study.decoded(arm, way, "nodes_per_problem").mean(), 1000 * study.seconds(arm, way)[0])
         for axis, cost in zip(axes, costs, strict=True):
             middle = accuracy.mean()
             axis.errorbar(cost, middle, [[middle - accuracy.min()], [accuracy.max() - middle]], elinewidth=0.8, **style)
-            axis.annotate(name, (cost, middle), xytext=(4, 3), textcoords="offset points", fontsize=6.5,
+            axis.annotate(way, (cost, middle), xytext=(4, 3), textcoords="offset points", fontsize=6.5,
                           color=COLOURS[arm])  # fmt: skip
     for axis, label in zip(axes, ("nodes forwarded per problem", "milliseconds per problem"), strict=True):
         axis.set(xlabel=label, xscale="log")

@@ -66,6 +66,7 @@ Work = Annotated[Path, typer.Argument(help="Where runs are kept.", file_okay=Fal
 Size = Annotated[
     str, typer.Option("--preset", parser=one_of(PRESETS), metavar="|".join(PRESETS), help="The study's size.")
 ]
+Trained = Annotated[str, typer.Argument(parser=one_of(ARMS), metavar="|".join(ARMS))]
 Seeds = Annotated[list[int], typer.Option("--seed", help="May be given several times.")]
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 SPLITS: tuple[Split, Split] = ("train", "test")  # what probes are fitted on and judged on
@@ -265,45 +266,42 @@ def ways_of(arm: Arm, routers: dict[int, Router], width: int) -> list[Way]:
 
 
 @app.command()
-def judge(work: Work, seed: Annotated[int, typer.Option()] = 0, preset: Size = "cpu") -> None:
-    """Decode unseen graphs in every way, and fit the probes."""
+def judge(work: Work, arm: Trained, seed: Annotated[int, typer.Option()] = 0, preset: Size = "cpu") -> None:
+    """Decode unseen graphs with one method's model in every way, and fit the probes."""
     _prepare()
     size, folder, began = PRESETS[preset], work / f"seed-{seed}", time.perf_counter()
     problems = evaluation_problems(size.options, size.problems, hops=size.curriculum[-1].hops, seed=seed)
-    decoded: dict[str, Any] = {}
-    for arm in ARMS:
-        for kind in KINDS:
-            model, routers = load(folder / arm / kind, device())
-            for way in ways_of(arm, routers, size.options.radix):
-                found = evaluate(way, model, problems, size.options, seed)
-                decoded[f"{arm} {kind}: {way.name}"] = {
-                    "accuracy": found.accuracy,
-                    "legal": sum(found.legal) / len(found.legal),
-                    "by_hops": found.by_hops(problems),
-                    "nodes_per_problem": found.nodes / len(problems),
-                }
-                console.print(f"{folder.name} {arm} {kind}: {way.name}: {found.accuracy:.3f}", highlight=False)
-    probed = {arm: _probes(arm, folder / arm / "last", size, seed) for arm in ARMS}
-    _write(
-        folder / "judged.json",
-        {"minutes": (time.perf_counter() - began) / 60, "decoded": decoded, "probes": probed},
-    )
+    decoded: dict[str, dict[str, Any]] = {}
+    for kind in KINDS:
+        model, routers = load(folder / arm / kind, device())
+        for way in ways_of(cast(Arm, arm), routers, size.options.radix):
+            found = evaluate(way, model, problems, size.options, seed)
+            decoded.setdefault(way.name, {})[kind] = {
+                "accuracy": found.accuracy,
+                "legal": sum(found.legal) / len(found.legal),
+                "by_hops": found.by_hops(problems),
+                "nodes_per_problem": found.nodes / len(problems),
+            }
+            console.print(f"{folder.name} {arm} {kind}: {way.name}: {found.accuracy:.3f}", highlight=False)
+    probed = _probes(cast(Arm, arm), folder / arm / "last", size, seed)
+    minutes = (time.perf_counter() - began) / 60
+    _write(folder / f"{arm}-judged.json", {"judging_minutes": minutes, "decoded": decoded, "probes": probed})
 
 
 def _probes(arm: Arm, checkpoint: Path, size: Preset, seed: int) -> dict[str, float]:
     """Accuracies of the probes of one model: those that are shown."""
     model, _ = load(checkpoint, device())
-    results = {}
+    found = {}
     if arm in ("cot", "oracle", "lbr"):
         seen, unseen = (target_states(model, size, size.probed, split=split, seed=seed) for split in SPLITS)
         for (number, place), labelled in seen.items():
             for kind, train_set, test_set in zip(("name", "order"), labelled, unseen[number, place], strict=True):
-                results[f"target {kind}, branching {number}, {place}"] = probe_accuracy(train_set, test_set)
+                found[f"target {kind}, branching {number}, {place}"] = probe_accuracy(train_set, test_set)
     if arm in ("cot", "oracle", "soft"):
         nodes, others = (identity_states(model, size, size.probed, arm, split=split, seed=seed) for split in SPLITS)
         for place, train_set in nodes.items():
-            results[f"node, {place}"] = probe_accuracy(train_set, others[place])
-    return results
+            found[f"node, {place}"] = probe_accuracy(train_set, others[place])
+    return found
 
 
 @app.command(name="time")
@@ -320,13 +318,13 @@ def time_(
         size.options, min(200, size.problems), hops=size.curriculum[-1].hops, seed=seed, split="validation"
     )
     loaded = {arm: load(folder / arm / "last", device()) for arm in ARMS}
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, dict[str, list[float]]] = {arm: {} for arm in ARMS}
     for number in range(size.rounds + 1):
         for arm, (model, routers) in loaded.items():
             for way in ways_of(arm, routers, size.options.radix):
                 took = evaluate(way, model, problems, size.options, seed).seconds / len(problems)
                 if number:  # the first round warms up
-                    seconds.setdefault(f"{arm}: {way.name}", []).append(took)
+                    seconds[arm].setdefault(way.name, []).append(took)
     _write(work / "times.json", {"threads": threads, "machine": machine(), "seconds_per_problem": seconds})
 
 
@@ -342,20 +340,25 @@ def run(
 ) -> None:
     """Train, judge and time everything that WORK does not hold yet."""
 
-    def call(command: str, seed: int, *arguments: str) -> None:
+    def call(command: str, *arguments: str, seed: int) -> None:
         program = [sys.executable, __file__, command, str(work), *arguments, "--seed", str(seed), "--preset", preset]
         subprocess.run(program, check=True)
 
     def missing(name: str, seed: int) -> bool:
         return not (work / f"seed-{seed}" / f"{name}.json").exists()
 
+    def one(arm: str, seed: int) -> None:
+        if missing(arm, seed):
+            call("train", arm, seed=seed)
+        if missing(f"{arm}-judged", seed):
+            call("judge", arm, seed=seed)
+
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda seed: call("train", seed, "base"), [seed for seed in seeds if missing("base", seed)]))
-        tasks = [(arm, seed) for seed in seeds for arm in sorted(ARMS, key=list(ARMS).index, reverse=True)]
-        list(pool.map(lambda task: call("train", task[1], task[0]), [task for task in tasks if missing(*task)]))
-        list(pool.map(lambda seed: call("judge", seed), [seed for seed in seeds if missing("judged", seed)]))
+        list(pool.map(lambda seed: call("train", "base", seed=seed), [n for n in seeds if missing("base", n)]))
+        # The longest first, so that all processes end at about the same time.
+        list(pool.map(lambda task: one(*task), [(arm, seed) for seed in seeds for arm in reversed(ARMS)]))
     if not (work / "times.json").exists():
-        call("time", seeds[0])  # alone
+        call("time", seed=seeds[0])  # alone
 
 
 @app.command()
@@ -365,23 +368,19 @@ def report(
     results: Annotated[Path, typer.Option(help="Where JSON, figures and page go.", file_okay=False)] = RESULTS,
 ) -> None:
     """Write the JSON of all runs, draw the figures, and fill in the page's tables."""
-    folders = sorted(work.glob("seed-*"), key=lambda folder: int(folder.name.removeprefix("seed-")))
-    seeds = [int(folder.name.removeprefix("seed-")) for folder in folders]
+    found: dict[str, dict[str, Any]] = {}
+    for folder in sorted(work.glob("seed-*"), key=lambda folder: int(folder.name.removeprefix("seed-"))):
+        judged = [arm for arm in ARMS if (folder / f"{arm}-judged.json").exists()]
+        arms = {arm: {**_read(folder / f"{arm}.json"), **_read(folder / f"{arm}-judged.json")} for arm in judged}
+        found[folder.name.removeprefix("seed-")] = {"base": _read(folder / "base.json"), "arms": arms}
+    seeds = "".join(f" --seed {seed}" for seed in found)
     data = {
         "date": datetime.date.today().isoformat(),
-        "command": f"python python/reachability/synthetic.py run WORK --preset {preset}"
-        + "".join(f" --seed {seed}" for seed in seeds),
+        "command": f"python python/reachability/synthetic.py run WORK --preset {preset}{seeds}",
         "machine": machine(),
         "preset": asdict(PRESETS[preset]),
         "times": _read(work / "times.json"),
-        "seeds": {
-            str(seed): {
-                "base": _read(folder / "base.json"),
-                "arms": {arm: _read(folder / f"{arm}.json") for arm in ARMS},
-                "judged": _read(folder / "judged.json"),
-            }
-            for seed, folder in zip(seeds, folders, strict=True)
-        },
+        "seeds": found,
     }
     path = results / f"{data['date']}-study-{preset}.json"
     path.write_text(json.dumps(data) + "\n")
