@@ -287,7 +287,7 @@ def judge(work: Work, arm: Trained, seed: Annotated[int, typer.Option()] = 0, pr
             }
             console.print(f"{folder.name} {arm} {kind}: {way.name}: {found.accuracy:.3f}", highlight=False)
     if same:  # the best was the last
-        decoded = {way: {kind: found["last"] for kind in KINDS} for way, found in decoded.items()}
+        decoded = {way: dict.fromkeys(KINDS, found["last"]) for way, found in decoded.items()}
     probed = _probes(cast(Arm, arm), folder / arm / "last", size, seed)
     minutes = (time.perf_counter() - began) / 60
     _write(folder / f"{arm}-judged.json", {"judging_minutes": minutes, "decoded": decoded, "probes": probed})
