@@ -229,8 +229,10 @@ def _training(plt: Any, study: Study) -> Any:
         axis.set(title=title, xlabel="steps")
     axes[1].set(xlabel="minutes of one CPU core")
     axes[3].set(ylabel="nats", ylim=(0, None))
-    axes[0].legend(loc="upper left", fontsize=7)
-    axes[2].legend(loc="lower right", fontsize=7)
+    for axis, where, columns in ((axes[0], 0.27, 2), (axes[2], 0.76, 2)):
+        figure.legend(
+            *axis.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(where, 0.0), ncol=columns, fontsize=8
+        )
     return figure
 
 
@@ -259,8 +261,10 @@ def _probes(plt: Any, study: Study) -> Any:
             axes[4].plot([where] * len(values), values, ".", color="black", markersize=3)
     axes[4].set_xticks(range(2), ["last digit", "arrow"])
     axes[4].set(title="the first node\nthat was generated", ylim=(0, 1))
-    axes[0].legend(loc="upper left", fontsize=7)
-    axes[4].legend(loc="lower left", fontsize=7)
+    for axis, where in ((axes[0], 0.4), (axes[4], 0.88)):
+        figure.legend(
+            *axis.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(where, 0.0), ncol=3, fontsize=8
+        )
     return figure
 
 
@@ -279,9 +283,13 @@ def _cost(plt: Any, study: Study) -> Any:
                           color=COLOURS[arm])  # fmt: skip
     for axis, label in zip(axes, ("nodes forwarded per problem", "milliseconds per problem"), strict=True):
         axis.set(xlabel=label, xscale="log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
     axes[0].set(ylabel="target accuracy, test graphs")
     for arm, name in NAMES.items():
         axes[0].plot([], [], "s", color=COLOURS[arm], label=f"trained: {name}")
     axes[0].plot([], [], "^", color="black", label="an oracle says what is legal")
-    axes[0].legend(loc="lower right", fontsize=7)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=3, fontsize=8
+    )
     return figure
