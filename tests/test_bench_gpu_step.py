@@ -333,7 +333,7 @@ def test_a_broken_device_ends_the_step_and_keeps_what_is_known(monkeypatch):
     monkeypatch.setattr(gpu_step, "time_sides", fails)
     data = {"aborted": None, "complete": False}
     gpu_step.measure(
-        Breaks(), gpu_step.DRY, gpu_ops.cases(dry_run=True)[:1], 10, data, lambda known: kept.append(len(known["ops"]))
+        Breaks(), gpu_step.DRY, gpu_ops.cases(dry_run=True)[:1], 600, data, lambda known: kept.append(len(known["ops"]))
     )
     assert data["aborted"] == "RuntimeError: an illegal memory access"
     assert not data["complete"]
