@@ -359,7 +359,8 @@ def test_smoke(tmp_path: Path):
     assert text.endswith("after\n")
     study = results.Study(data)
     assert f"{study.decoded('cot', 'greedy', 'accuracy').mean():.3f}" in text
-    assert text.count("\n|") == 2 * 3 + len(results.PAPER) + len(study.ways()) + 4
+    rows = len(results.HEADLINE) + len(results.PAPER) + len(study.ways()) + 4
+    assert text.count("\n|") == 2 * len(results.TABLES) + rows
     recorded = json.loads(data.read_text())
     assert [point["step"] for point in recorded["seeds"]["0"]["arms"]["lbr"]["curve"]] == [4, 8]
     call("demo", str(work), "--out", str(tmp_path / "checkpoint"))

@@ -171,13 +171,43 @@ def router_table(study: Study) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[Study], str]] = {"paper": paper_table, "ways": ways_table, "router": router_table}
+HEADLINE = {
+    "plain decoding, greedy": ("cot", "greedy"),
+    "plain decoding, sampled": ("cot", "sampled"),
+    "majority vote of 3 samples": ("cot", "majority of 3"),
+    "majority vote of 9 samples": ("cot", "majority of 9"),
+    "Multiplex Thinking, K=3": ("cot", "Multiplex Thinking, K=3"),
+    "Soft Thinking, trained on mixtures of legal tokens": ("soft", "soft, oracle"),
+    "**LBR, K=3, L=1**": ("lbr", "K=3 L=1"),
+    "**LBR, K=3, L=2**": ("lbr", "K=3 L=2"),
+    "LBR among legal tokens (the paper's setting)": ("oracle", "oracle"),
+}
+
+
+def headline_table(study: Study) -> str:
+    """What a reader wants to know first."""
+    lines = ["| decoding | right answers | nodes forwarded per problem | ms per problem |", "|---|--:|--:|--:|"]
+    for name, (arm, way) in HEADLINE.items():
+        accuracy, nodes = study.decoded(arm, way, "accuracy"), study.decoded(arm, way, "nodes_per_problem")
+        shown = f"{accuracy.mean():.3f} ({accuracy.min():.3f} to {accuracy.max():.3f})"
+        lines.append(f"| {name} | {shown} | {nodes.mean():.1f} | {1000 * study.seconds(arm, way)[0]:.1f} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Study], str]] = {
+    "headline": headline_table,
+    "paper": paper_table,
+    "ways": ways_table,
+    "router": router_table,
+}
 
 
 def write_tables(path: Path, page: Path) -> None:
-    """Put the tables between their marks on the page, ``<!-- NAME --> ... <!-- /NAME -->``."""
+    """Put tables between their marks on a page, ``<!-- NAME --> ... <!-- /NAME -->``, those that it has."""
     study, text = Study(path), page.read_text()
     for name, table in TABLES.items():
+        if f"<!-- {name} -->" not in text:
+            continue
         begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
         first = text.index(begin) + len(begin)
         text = text[:first] + table(study) + text[text.index(end, first) :]

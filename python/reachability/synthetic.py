@@ -69,7 +69,7 @@ Size = Annotated[
 ]
 Trained = Annotated[str, typer.Argument(parser=one_of(ARMS), metavar="|".join(ARMS))]
 Seeds = Annotated[list[int], typer.Option("--seed", help="May be given several times.")]
-RESULTS = Path(__file__).parents[2] / "bench" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 SPLITS: tuple[Split, Split] = ("train", "test")  # what probes are fitted on and judged on
 KINDS = ("last", "best")  # checkpoints: the last, and the best on validation graphs
 
@@ -387,18 +387,20 @@ def report(
         "times": _read(work / "times.json"),
         "seeds": found,
     }
-    path = results / f"{data['date']}-study-{preset}.json"
+    path = results.resolve() / f"{data['date']}-study-{preset}.json"
     path.write_text(json.dumps(data) + "\n")
     figures(path)
 
 
 @app.command()
-def figures(path: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) -> None:
-    """Draw the figures again, and fill in the tables of the page beside them, if there is one."""
+def figures(path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, resolve_path=True)]) -> None:
+    """Draw the figures again, and fill in the tables of the pages that show them."""
     for drawn in draw(path):
         console.print(drawn.name, highlight=False)
-    if (page := path.with_name("study.md")).exists():
-        write_tables(path, page)
+    beside, readme = path.with_name("study.md"), path.parents[2] / "README.md"
+    for page in (beside, readme) if path.parent == RESULTS else (beside,):
+        if page.exists():
+            write_tables(path, page)
 
 
 @app.command()
