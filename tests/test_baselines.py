@@ -201,7 +201,9 @@ class Passes(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("more", [{}, {"logits_processor": [Passes()]}, {"output_scores": True}], ids=["plain", "a processor", "scores"])
+@pytest.mark.parametrize(
+    "more", [{}, {"logits_processor": [Passes()]}, {"output_scores": True}], ids=["plain", "a processor", "scores"]
+)
 def test_cold_stop(llama, more):
     """The third step in a row below the threshold commits the end of thinking; the entropy is that before top-p."""
     filters = {"temperature": 0.3, "top_p": 0.8}
