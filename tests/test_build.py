@@ -100,6 +100,7 @@ def test_a_forced_build_that_cannot_be_done_is_an_error(tmp_path):
     assert "LBR_KERNELS_FORCE_BUILD=1, but no C++ compiler found" in missing.stdout + missing.stderr
 
 
+@pytest.mark.full
 def test_first_use_builds_once_for_all_processes(tmp_path):
     """Three processes at the same time: one compiles, the others wait and load; a later one finds it done."""
     cache = tmp_path / "cache"
@@ -122,6 +123,7 @@ def test_first_use_builds_once_for_all_processes(tmp_path):
     assert "compiling" not in again.stderr
 
 
+@pytest.mark.full
 def test_a_killed_build_is_taken_up_again(tmp_path):
     """What a killed build leaves behind, torch's own lock file among it, does not hang the next one."""
     import torch

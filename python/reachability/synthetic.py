@@ -210,6 +210,7 @@ def train(
     arm: Annotated[str, typer.Argument(parser=one_of(["base", *ARMS]), metavar="|".join(["base", *ARMS]))],
     seed: Annotated[int, typer.Option()] = 0,
     preset: Size = "cpu",
+    judged: Annotated[bool, typer.Option("--judge", help="And judge the method.")] = False,
 ) -> None:
     """Pre-train the model that all methods start from (base), or train one method from it."""
     _prepare()
@@ -236,6 +237,8 @@ def train(
     routers.load_state_dict(best_routers)
     save(model, routers, folder / arm / "best", size.options)
     _write(folder / f"{arm}.json", {"minutes": held_out.curve[-1]["minutes"], "curve": held_out.curve})
+    if judged:
+        judge(work, arm, seed, preset)
 
 
 # --- judging --------------------------------------------------------------------------------------------------------
@@ -354,8 +357,8 @@ def run(
 
     def one(arm: str, seed: int) -> None:
         if missing(arm, seed):
-            call("train", arm, seed=seed)
-        if missing(f"{arm}-judged", seed):
+            call("train", arm, "--judge", seed=seed)
+        elif missing(f"{arm}-judged", seed):
             call("judge", arm, seed=seed)
 
     with ThreadPoolExecutor(jobs) as pool:
