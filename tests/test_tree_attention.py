@@ -175,7 +175,7 @@ def test_error_budget(backend, dtype, variant):
     torch.testing.assert_close(lse.double(), want_lse, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", [name for name in KERNELS if name != "triton"])
+@pytest.mark.parametrize("backend", [param for param in KERNELS if param.values[0] != "triton"])
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_shape(backend, data):
@@ -183,12 +183,12 @@ def test_any_shape(backend, data):
     check_any_shape(backend, data.draw)
 
 
-@pytest.mark.skipif("triton" not in KERNELS, reason="Triton does not run here")
+@pytest.mark.parametrize("backend", [param for param in KERNELS if param.values[0] == "triton"])
 @given(data=st.data())
 @settings(max_examples=12, deadline=None)
-def test_any_shape_in_triton(data):
+def test_any_shape_in_triton(backend, data):
     """Fewer of the same: the interpreter is slow."""
-    check_any_shape("triton", data.draw)
+    check_any_shape(backend, data.draw)
 
 
 def check_any_shape(backend, draw):
