@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -14,8 +15,10 @@ if not torch.cuda.is_available():
 
 import simt_backend
 import transformers
-from models import tiny_llama
+from models import letters_tokenizer, tiny_llama
 from transformers import PreTrainedModel
+
+from lbr_kernels import Router
 
 transformers.logging.set_verbosity_error()
 
@@ -52,3 +55,14 @@ def _poisoned_memory() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def llama() -> PreTrainedModel:
     return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its tokenizer, and a router of depth 2 in ``router``."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    model = tiny_llama()
+    model.save_pretrained(path)
+    letters_tokenizer().save_pretrained(path)
+    Router.for_model(model, depth=2).save_pretrained(path / "router")
+    return path

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 _COMMON = {
     "vocab_size": 53,
@@ -76,3 +80,12 @@ def tiny_model(
 
 def tiny_llama(vocab_size: int = 53, **change: Any) -> PreTrainedModel:
     return tiny_model("llama", vocab_size=vocab_size, **change)
+
+
+def letters_tokenizer() -> PreTrainedTokenizerFast:
+    """One letter per id."""
+    vocabulary = {chr(97 + i): i for i in range(26)} | {f"<{i}>": i for i in range(26, 53)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<26>"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

@@ -7,32 +7,19 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_llama
 from rich.console import Console
-from test_generate import letters_tokenizer
 from typer.testing import CliRunner, Result
 
-from lbr_kernels import Router, StepView, cli
+from lbr_kernels import StepView, cli
 from lbr_kernels.display import TreeView
 from lbr_kernels.ops.tree_shape import num_slots
 
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(cli.app, list(arguments))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint")
-    model = tiny_llama()
-    model.save_pretrained(path)
-    letters_tokenizer().save_pretrained(path)
-    Router.for_model(model, depth=2).save_pretrained(path / "router")
-    return path
 
 
 def test_info():

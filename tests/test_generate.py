@@ -5,19 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from models import tiny_llama, tiny_model
+from models import letters_tokenizer, tiny_llama, tiny_model
 from oracle import decode_row
 from test_invariants import padded, random_prompts, seeded, trained_looking_router
-from tokenizers import Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 from transformers import (
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
-    PreTrainedTokenizerFast,
     StoppingCriteria,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -182,15 +177,6 @@ def test_stopping_criteria_are_asked_once_per_token(llama, depth):
     out = generate(llama, IDS, width=2, depth=depth, max_new_tokens=50, stopping_criteria=[criterion], **SAMPLED)
     assert criterion.calls == list(range(5, 11))
     assert out.shape == (2, 10)
-
-
-def letters_tokenizer() -> PreTrainedTokenizerFast:
-    """One letter per id."""
-    vocabulary = {chr(97 + i): i for i in range(26)} | {f"<{i}>": i for i in range(26, 53)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<26>"))
-    tokenizer.pre_tokenizer = Split("", "isolated")
-    tokenizer.decoder = Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 class DoneOnce(StoppingCriteria):

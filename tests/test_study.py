@@ -294,9 +294,9 @@ def test_uniform_choice_among_legal_tokens_is_a_random_walk(model):
 
 def test_majority_votes():
     long, short, other = [7, 12, ARROW, 8, 13, EOS], [8, 13, EOS], [9, 14, EOS]
-    assert decode._commonest([other, long, short]) == long
-    assert decode._commonest([short, other, other]) == other
-    assert decode._commonest([other]) == other
+    assert decode._commonest([other, long, short], OPTIONS) == long
+    assert decode._commonest([short, other, other], OPTIONS) == other
+    assert decode._commonest([other], OPTIONS) == other
 
 
 def test_probe_accuracy():

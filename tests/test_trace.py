@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_llama
 from test_cli import run
-from test_generate import letters_tokenizer
 from test_invariants import seeded, trained_looking_router
 
-from lbr_kernels import Router, generate
+from lbr_kernels import generate
 from lbr_kernels.decoding.adapter import ModelAdapter
 from lbr_kernels.trace import (
     MOST_STEPS,
@@ -212,16 +210,6 @@ def test_the_file_is_whole_or_as_it_was(llama, tmp_path):
 
 
 # ---- the command
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint")
-    model = tiny_llama()
-    model.save_pretrained(path)
-    letters_tokenizer().save_pretrained(path)
-    Router.for_model(model, depth=2).save_pretrained(path / "router")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -32,11 +32,12 @@ from checkpoint import State, checkpoints, replace_text
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rollout import answer, entropies
-from tasks import TASKS, one_of
+from tasks import TASKS
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM
 
 from lbr_kernels import Router
+from lbr_kernels.options import one_of
 from lbr_kernels.training import grpo_loss
 
 HELD_OUT_SEED = 1000

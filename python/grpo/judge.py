@@ -18,10 +18,11 @@ import numpy as np
 import torch
 import typer
 from rollout import answer
-from tasks import TASKS, one_of
+from tasks import TASKS
 from transformers import AutoModelForCausalLM
 
 from lbr_kernels import Router
+from lbr_kernels.options import one_of
 
 PART = 16  # questions that are decoded together
 

@@ -20,7 +20,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from tasks import ARITHMETIC, one_of
+from tasks import ARITHMETIC
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
@@ -32,6 +32,7 @@ from lbr_kernels.evaluation.arithmetic import (
     prompt_ids,
     random_problem,
 )
+from lbr_kernels.options import one_of
 
 BATCH, LR = 64, 3e-3
 

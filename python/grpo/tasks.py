@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import typer
 
 from lbr_kernels.evaluation import arithmetic, reachability
 
@@ -80,14 +79,3 @@ TASKS = {
         held_out=partial(_reachability_questions, "test"),
     ),
 }
-
-
-def one_of(names: Collection[str]) -> Callable[[str], str]:
-    """A parser of the command line that takes these names."""
-
-    def parse(value: str) -> str:
-        if value not in names:
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(names)}")
-        return value
-
-    return parse

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from lbr_kernels.evaluation.reachability import (
     ReachabilityOptions,
     check_answer,
     legal_tokens,
+    parse_answer,
     prompt_ids,
 )
 
@@ -165,7 +166,7 @@ def evaluate(
         outcome.nodes += out.stats.forwarded_nodes
         answers = [_answer(row) for row in out.sequences[:, options.prompt_length :].tolist()]
         for index, problem in enumerate(part):
-            chosen = _commonest(answers[index * way.votes : (index + 1) * way.votes])
+            chosen = _commonest(answers[index * way.votes : (index + 1) * way.votes], options)
             verdict = check_answer(problem, chosen, options)
             outcome.correct.append(verdict.correct)
             outcome.legal.append(verdict.legal)
@@ -176,7 +177,7 @@ def _answer(row: list[int]) -> list[int]:
     return row[: row.index(EOS) + 1] if EOS in row else row
 
 
-def _commonest(answers: list[list[int]]) -> list[int]:
-    """The first of the answers whose last node most answers end with: a majority vote over targets."""
-    ends = [tuple(answer[-3:]) for answer in answers]
-    return max(answers, key=lambda answer: ends.count(cast("tuple[int, ...]", tuple(answer[-3:]))))
+def _commonest(answers: list[list[int]], options: ReachabilityOptions) -> list[int]:
+    """The first of the answers that end at the node at which most of them end: a majority vote over targets."""
+    ends = [(parse_answer(answer, options) or ())[-1:] for answer in answers]
+    return answers[max(range(len(answers)), key=lambda index: ends.count(ends[index]))]

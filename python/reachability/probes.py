@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from lbr_kernels.evaluation.reachability import FIRST_DIGIT, Split
+from lbr_kernels.evaluation.reachability import FIRST_DIGIT, PAD, Split
 
 PLACES = ("before", "right", "wrong")  # a branching's state, and those after its gold candidate and after a wrong one
 GRAPHS = 20  # per forward
@@ -77,7 +77,7 @@ def identity_states(
         hidden = pack.forest.hidden(model, embeds)
         slots = pack.answers.view(len(pack.answers), -1, options.max_answer_length)
         tokens = pack.targets.view(slots.shape)
-        longer = tokens[..., options.digits + 1] != 0  # than one node
+        longer = tokens[..., options.digits + 1] != PAD  # than one node
         node = _node(tokens[..., : options.digits], options.radix)
         for name, place in (("last digit", options.digits - 1), ("arrow", options.digits)):
             states = at(hidden, slots[..., place])
@@ -134,7 +134,7 @@ def _targets(pack: Pack, preset: Preset) -> tuple[Tensor, Tensor]:
     ]
     tokens = pack.targets.view(len(pack.targets), -1, length)
     nodes = tokens.view(*tokens.shape[:2], -1, digits + 1)
-    count = (nodes[..., 0] != 0).sum(dim=-1, keepdim=True)
+    count = (nodes[..., 0] != PAD).sum(dim=-1, keepdim=True)
     last = nodes.gather(2, (count - 1).unsqueeze(-1).expand(-1, -1, -1, digits + 1)).squeeze(2)
     name = _node(last[..., :digits], options.radix)
     return name, (name == shown[1]).long()

@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -46,29 +46,18 @@ from transformers.utils import logging
 from lbr_kernels.evaluation.demo import CHECKPOINT
 from lbr_kernels.evaluation.machine import machine
 from lbr_kernels.evaluation.reachability import Problem, Split, evaluation_problems
+from lbr_kernels.options import one_of
 from lbr_kernels.router import Router
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 console = Console(stderr=True)
-
-
-def one_of(names: Collection[str]) -> Callable[[str], str]:
-    """A parser of the command line that takes these names."""
-
-    def parse(value: str) -> str:
-        if value not in names:
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(names)}")
-        return value
-
-    return parse
-
 
 Work = Annotated[Path, typer.Argument(help="Where runs are kept.", file_okay=False)]
 Size = Annotated[
     str, typer.Option("--preset", parser=one_of(PRESETS), metavar="|".join(PRESETS), help="The study's size.")
 ]
 Trained = Annotated[str, typer.Argument(parser=one_of(ARMS), metavar="|".join(ARMS))]
-Seeds = Annotated[list[int], typer.Option("--seed", help="May be given several times.")]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", help="May be given several times.")]
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 SPLITS: tuple[Split, Split] = ("train", "test")  # what probes are fitted on and judged on
 KINDS = ("last", "best")  # checkpoints: the last, and the best on validation graphs
@@ -342,11 +331,12 @@ def time_(
 @app.command()
 def run(
     work: Work,
-    seeds: Seeds = [0],  # noqa: B006 - typer reads it
+    seeds: Seeds = None,
     preset: Size = "cpu",
     jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
 ) -> None:
-    """Train, judge and time everything that WORK does not hold yet."""
+    """Train, judge and time everything that WORK does not hold yet; seed 0 if none is given."""
+    seeds = seeds or [0]
 
     def call(command: str, *arguments: str, seed: int) -> None:
         program = [sys.executable, __file__, command, str(work), *arguments, "--seed", str(seed), "--preset", preset]
