@@ -16,6 +16,7 @@ import results
 import torch
 from forest import Forest
 from model import DEPTHS, PRESETS, build_model, build_routers
+from muon import Muon
 from packs import make_pack
 
 import lbr_kernels
@@ -368,3 +369,22 @@ def test_smoke(tmp_path: Path):
     assert {"config.json", "model.safetensors", "tokenizer.json", "router-depth1", "router-depth2"} <= shipped
     problem = evaluation_problems(OPTIONS, 2, hops=(1,), seed=0)[0]
     assert not check_answer(problem, [EOS], OPTIONS).correct
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_muon_is_torchs_without_its_rounding(shape):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = [
+        Muon([ours], lr=0.01, weight_decay=0.1),
+        torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(3):
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.02 * moved  # bf16 keeps 8 bits
+    assert moved > 0.01

@@ -35,6 +35,7 @@ import typer
 from arms import ARMS, DEPTHS_OF, WIDTHS, Arm, MultiToken, losses, router_quality
 from decode import Way, evaluate, lbr, multiplex, plain, soft
 from model import DEPTHS, PRESETS, Preset, Stage, build_model, build_routers, load, save
+from muon import Muon
 from packs import make_pack
 from probes import identity_states, probe_accuracy, target_states
 from results import draw, write_tables
@@ -94,7 +95,7 @@ def train_stages(
     in_blocks = {id(p) for p in blocks}
     others = [p for p in (*model.parameters(), *ahead.parameters()) if id(p) not in in_blocks]
     groups: list[tuple[type[torch.optim.Optimizer], list[nn.Parameter], dict[str, Any]]] = [
-        (torch.optim.Muon, blocks, {"lr": preset.lr, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}),
+        (Muon, blocks, {"lr": preset.lr, "weight_decay": 0.01}),
         (torch.optim.AdamW, others, {"lr": preset.lr, "betas": (0.9, 0.98)}),
         (torch.optim.AdamW, list(routers.parameters()), {"lr": preset.router_lr, "betas": (0.9, 0.98)}),
     ]
