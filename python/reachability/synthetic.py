@@ -188,7 +188,7 @@ def pretrain(model: PreTrainedModel, ahead: MultiToken, preset: Preset, seed: in
     """Random walks; the mean of the last losses."""
     told: list[dict[str, float]] = []
     train_stages(
-        "cot", model, ahead, nn.ModuleDict(), preset, preset.pretraining, np.random.default_rng([seed, 0]),
+        "cot", model, ahead, nn.ModuleDict(), preset, preset.pretraining, np.random.default_rng([seed, 4]),
         lambda _, terms: told.append(terms),
     )  # fmt: skip
     return {name: float(np.mean([terms[name] for terms in told[-50:]])) for name in told[-1]}
