@@ -97,17 +97,19 @@ def language_model_loss(model: PreTrainedModel, ahead: MultiToken, states: Tenso
 def mixtures(model: PreTrainedModel, pack: Pack) -> Tensor:
     """Soft Thinking's inputs ``[B, N, D]``: an answer's tokens are mixed with whatever is legal in their place.
 
-    The proportions are the model's own on the gold path, and have no gradient; the embeddings have.
+    The proportions are the model's own behind mixtures in the proportions that it has on the gold path: decoding, which
+    gives each from the ones before it, twice approximated. They have no gradient; the embeddings have.
     """
     embeddings = cast(nn.Embedding, model.get_input_embeddings())
-    with torch.no_grad():
-        logits = model.get_output_embeddings()(at(pack.forest.hidden(model), pack.answers - 1)).float()
-        there = pack.legal.any(dim=-1, keepdim=True)
-        shares = logits.masked_fill(~pack.legal & there, -torch.inf).softmax(dim=-1)
-        shares = torch.where(there, shares, nn.functional.one_hot(pack.targets, shares.shape[-1]).to(shares.dtype))
-    mixed = shares @ embeddings.weight
-    slots = pack.answers.unsqueeze(-1).expand_as(mixed)
-    inputs: Tensor = embeddings(pack.forest.tokens).scatter(1, slots, mixed)
+    there = pack.legal.any(dim=-1, keepdim=True)
+    slots = pack.answers.unsqueeze(-1).expand(-1, -1, embeddings.embedding_dim)
+    tokens = inputs = embeddings(pack.forest.tokens)
+    for _ in range(2):
+        with torch.no_grad():
+            logits = model.get_output_embeddings()(at(pack.forest.hidden(model, inputs), pack.answers - 1)).float()
+            shares = logits.masked_fill(~pack.legal & there, -torch.inf).softmax(dim=-1)
+            shares = torch.where(there, shares, nn.functional.one_hot(pack.targets, shares.shape[-1]).to(shares.dtype))
+        inputs = tokens.scatter(1, slots, shares @ embeddings.weight)
     return inputs
 
 
@@ -165,31 +167,35 @@ class DrawnTrees:
     right: Tensor
 
 
-@torch.no_grad()
-def drawn_trees(model: PreTrainedModel, pack: Pack, count: int) -> tuple[Forest, DrawnTrees]:
+def drawn_trees(model: PreTrainedModel, pack: Pack, count: int) -> tuple[Tensor, Forest, DrawnTrees]:
     """Grow lookahead trees at ``count`` positions per row where some candidates are right and some are wrong.
 
-    Children are independent draws at temperature 1, so the first K of each node form a tree of width K.
+    Children are independent draws at temperature 1, so the first K of each node form a tree of width K. Besides the
+    grown forest, its states ``[B, N, D]``.
     """
-    head, forest = model.get_output_embeddings(), pack.forest
+    head, reading = model.get_output_embeddings(), pack.forest.read(model)
     width, depth = max(WIDTHS), max(DEPTHS)
-    candidates = draw(head(at(forest.hidden(model), pack.answers - 1)), REDRAWS * width)
-    candidates = candidates.reshape(len(candidates), -1, width)
-    right = pack.right.repeat_interleave(REDRAWS, dim=1).gather(2, candidates)
-    mixed = right.any(dim=-1) & ~right.all(dim=-1)
-    picked = (mixed + torch.rand(mixed.shape, device=mixed.device)).topk(count, dim=1).indices
-    right, candidates = at(right, picked), at(candidates, picked)
+    with torch.no_grad():
+        candidates = draw(head(at(reading.hidden, pack.answers - 1)), REDRAWS * width)
+        candidates = candidates.reshape(len(candidates), -1, width)
+        right = pack.right.repeat_interleave(REDRAWS, dim=1).gather(2, candidates)
+        mixed = right.any(dim=-1) & ~right.all(dim=-1)
+        picked = (mixed + torch.rand(mixed.shape, device=mixed.device)).topk(count, dim=1).indices
+        right, candidates = at(right, picked), at(candidates, picked)
 
-    parents = (pack.answers - 1).gather(1, picked // REDRAWS).repeat_interleave(width, dim=1)
-    forest, slots = forest.grow(parents, candidates.flatten(1))
-    layers, exists = [slots], [torch.ones_like(slots, dtype=torch.bool)]
-    for _ in range(1, depth):
-        children = draw(head(at(forest.hidden(model), layers[-1])), width)
-        alive = exists[-1] & (forest.tokens.gather(1, layers[-1]) != EOS)
-        forest, slots = forest.grow(layers[-1].repeat_interleave(width, dim=1), children.flatten(1))
-        layers.append(slots)
-        exists.append(alive.repeat_interleave(width, dim=1))
-    return forest, DrawnTrees(layers, exists, right.flatten(0, 1))
+        parents = (pack.answers - 1).gather(1, picked // REDRAWS).repeat_interleave(width, dim=1)
+        forest, slots = pack.forest.grow(parents, candidates.flatten(1))
+        layers, exists = [slots], [torch.ones_like(slots, dtype=torch.bool)]
+        known = pack.forest.tokens.shape[1]
+        for _ in range(1, depth):
+            states = reading.twigs(model, forest.parents[:, known:], forest.tokens[:, known:])
+            children = draw(head(at(states, layers[-1] - known)), width)
+            alive = exists[-1] & (forest.tokens.gather(1, layers[-1]) != EOS)
+            forest, slots = forest.grow(layers[-1].repeat_interleave(width, dim=1), children.flatten(1))
+            layers.append(slots)
+            exists.append(alive.repeat_interleave(width, dim=1))
+    states = reading.twigs(model, forest.parents[:, known:], forest.tokens[:, known:])
+    return torch.cat([reading.hidden, states], dim=1), forest, DrawnTrees(layers, exists, right.flatten(0, 1))
 
 
 def drawn_decisions(hidden: Tensor, trees: DrawnTrees, router: Router, *, width: int, depth: int) -> Decisions:
@@ -212,14 +218,16 @@ def losses(
     arm: Arm, model: PreTrainedModel, ahead: MultiToken, routers: nn.ModuleDict, pack: Pack, preset: Preset
 ) -> dict[str, Tensor]:
     """All terms of a method's loss by name; their sum is what it learns from."""
-    forest, embeds, trees, twigs = pack.forest, None, None, None
-    if arm == "soft":
-        embeds = mixtures(model, pack)
+    trees, twigs = None, None
+    if arm == "cot":
+        hidden = pack.forest.hidden(model)
+    elif arm == "soft":
+        hidden = pack.forest.hidden(model, mixtures(model, pack))
     elif arm == "oracle":
         forest, twigs = legal_twigs(pack)
-    elif arm in ("lbr", "independent"):
-        forest, trees = drawn_trees(model, pack, preset.trees)
-    hidden = forest.hidden(model, embeds)
+        hidden = forest.hidden(model)
+    else:
+        hidden, _, trees = drawn_trees(model, pack, preset.trees)
     next_token, later = language_model_loss(model, ahead, at(hidden, pack.answers - 1), pack)
     terms = {"next": next_token, "later": AHEAD_WEIGHT * later}
     if twigs is not None:
@@ -243,8 +251,7 @@ def router_quality(
         forest, twigs = legal_twigs(pack)
         told = {"": oracle_decisions(forest.hidden(model), twigs, cast(Router, routers["1"]), gold=False)}
     elif arm in ("lbr", "independent"):
-        forest, trees = drawn_trees(model, pack, preset.trees)
-        hidden = forest.hidden(model)
+        hidden, _, trees = drawn_trees(model, pack, preset.trees)
         told = {
             f" K={width} L={depth}": drawn_decisions(
                 hidden, trees, cast(Router, routers[str(depth)]), width=width, depth=depth
