@@ -25,6 +25,8 @@ from lbr_kernels.evaluation.reachability import (
     ARROW,
     EOS,
     PAD,
+    Problem,
+    answer_ids,
     check_answer,
     evaluation_problems,
     legal_tokens,
@@ -122,10 +124,35 @@ def test_legal_twigs(model, pack):
     assert told == int(((pack.legal.sum(-1) > 1) & pack.right.any(-1)).sum()) > 4
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_twigs_are_read_behind_what_was_kept(pack, stage):
+    """States and gradients of a forest that was grown ``stage`` times, as of a forward over all of it."""
+    torch.manual_seed(9)
+    model = build_model(PRESET)
+    nodes = pack.forest.tokens.shape[1]
+    grown, parents = pack.forest, torch.randint(nodes, (2, 7))
+    for _ in range(stage):
+        grown, slots = grown.grow(parents, torch.randint(OPTIONS.vocab_size, parents.shape))
+        parents = torch.cat([slots.repeat_interleave(2, dim=1), torch.randint(nodes, (2, 3))], dim=1)
+    weights = torch.randn(2, grown.tokens.shape[1], PRESET.dim)
+
+    def gradients(hidden):
+        model.zero_grad()
+        (hidden * weights).sum().backward()
+        return [p.grad.clone() for p in model.base_model.parameters()]
+
+    reading = pack.forest.read(model)
+    twigs = reading.twigs(model, grown.parents[:, nodes:], grown.tokens[:, nodes:])
+    hidden, want = torch.cat([reading.hidden, twigs], dim=1), grown.hidden(model)
+    torch.testing.assert_close(hidden, want, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(gradients(hidden), gradients(want), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
 def test_drawn_trees(model, pack):
     """Two layers below answers' positions; nothing grows behind an end; right is what leads to the target."""
     torch.manual_seed(3)
-    forest, trees = arms.drawn_trees(model, pack, 5)
+    _, forest, trees = arms.drawn_trees(model, pack, 5)
     width, (first, second) = max(arms.WIDTHS), trees.layers
     assert first.shape == (2, 5 * width)
     assert second.shape == (2, 5 * width**2)
@@ -150,8 +177,8 @@ def test_drawn_decisions_are_the_router_s(model, pack, width, depth):
     routers = build_routers(model, PRESET, depths=DEPTHS, independent=False).eval()
     for parameter in routers.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    forest, trees = arms.drawn_trees(model, pack, 5)
-    hidden = forest.hidden(model)
+    hidden, forest, trees = arms.drawn_trees(model, pack, 5)
+    torch.testing.assert_close(hidden, forest.hidden(model), rtol=1e-4, atol=1e-5)
     decisions = arms.drawn_decisions(hidden, trees, routers[str(depth)], width=width, depth=depth)
     want = []
     widest = max(arms.WIDTHS)
@@ -187,19 +214,28 @@ def test_what_is_said_of_decisions():
 
 
 def test_mixtures(model, pack):
-    """The model's own proportions among the legal tokens, and hard tokens everywhere else."""
-    mixed = arms.mixtures(model, pack)
+    """The model's own proportions among the legal tokens, behind mixtures; hard tokens everywhere else."""
     table = model.get_input_embeddings().weight
-    logits = model.lm_head(pack.forest.hidden(model))
     answers = set(pack.answers[0].tolist())
-    for slot in range(mixed.shape[1]):
-        token = int(pack.forest.tokens[0, slot])
-        legal = pack.legal[0, (pack.answers[0] == slot).nonzero()[0, 0]] if slot in answers else torch.zeros(1)
-        if not legal.any():
-            assert torch.equal(mixed[0, slot], table[token])
-            continue
-        shares = logits[0, int(pack.forest.parents[0, slot])][legal].softmax(0)
-        torch.testing.assert_close(mixed[0, slot], shares @ table[legal], rtol=1e-4, atol=1e-5)
+
+    def mixed_once(inputs):
+        logits = model.lm_head(pack.forest.hidden(model, inputs))[0]
+        mixed = table[pack.forest.tokens]
+        for slot in answers:
+            legal = pack.legal[0, (pack.answers[0] == slot).nonzero()[0, 0]]
+            if legal.any():
+                mixed[0, slot] = logits[int(pack.forest.parents[0, slot])][legal].softmax(0) @ table[legal]
+        return mixed
+
+    with torch.no_grad():
+        want = mixed_once(mixed_once(None))
+        hard = table[pack.forest.tokens]
+    mixed = arms.mixtures(model, pack)
+    torch.testing.assert_close(mixed[0], want[0], rtol=1e-4, atol=1e-5)
+    others = [slot for slot in range(mixed.shape[1]) if slot not in answers]
+    assert torch.equal(mixed[0, others], hard[0, others])
+    assert not torch.allclose(mixed[0], hard[0])
+    assert mixed.requires_grad
 
 
 @pytest.mark.parametrize("arm", arms.ARMS)
@@ -273,6 +309,9 @@ def test_legal_tokens_rule_out(model):
     for row, problem in enumerate(problems):
         assert set(left[row].isfinite().nonzero()[:, 0].tolist()) == legal_tokens(problem, [], OPTIONS)
         assert torch.equal(left[row][left[row].isfinite()], scores[row][left[row].isfinite()])
+    blind = decode.LegalTokens(problems, OPTIONS, blind=True)(prompts, scores)
+    assert torch.equal(blind.isfinite(), left.isfinite())
+    assert set(blind.flatten().tolist()) == {0.0, -torch.inf}
     ended = torch.cat([prompts, torch.full((4, 1), EOS)], dim=1)
     over = decode.LegalTokens(problems, OPTIONS)(ended, scores).isfinite()
     assert over.nonzero()[:, 1].tolist() == [EOS] * 4
@@ -294,10 +333,14 @@ def test_uniform_choice_among_legal_tokens_is_a_random_walk(model):
 
 
 def test_majority_votes():
-    long, short, other = [7, 12, ARROW, 8, 13, EOS], [8, 13, EOS], [9, 14, EOS]
-    assert decode._commonest([other, long, short], OPTIONS) == long
-    assert decode._commonest([short, other, other], OPTIONS) == other
-    assert decode._commonest([other], OPTIONS) == other
+    """For one of the two targets of the prompt; whatever else an answer is, it does not vote."""
+    problem = Problem(edges=(), root=0, targets=(6, 11), answer=6, hops=1)
+    long, short, other = (answer_ids(path, OPTIONS) for path in ((1, 6), (6,), (11,)))
+    elsewhere, unfinished, garbled = answer_ids([3], OPTIONS), long[:-1], [ARROW, ARROW, EOS]
+    assert decode.elected([other, long, short], problem, OPTIONS) == long
+    assert decode.elected([short, other, other], problem, OPTIONS) == other
+    assert decode.elected([garbled, garbled, other, elsewhere, elsewhere, unfinished], problem, OPTIONS) == other
+    assert decode.elected([elsewhere, garbled], problem, OPTIONS) == elsewhere
 
 
 def test_probe_accuracy():

@@ -31,10 +31,13 @@ BATCH = 100  # problems that are decoded together
 
 
 class LegalTokens(LogitsProcessor):
-    """Rules out all tokens that are not legal behind what a row has committed; where nothing is, the answer ends."""
+    """Rules out all tokens that are not legal behind what a row has committed; where nothing is, the answer ends.
 
-    def __init__(self, problems: Sequence[Problem], options: ReachabilityOptions) -> None:
-        self.problems, self.options = problems, options
+    ``blind``: what the model thinks of the legal ones is wiped out.
+    """
+
+    def __init__(self, problems: Sequence[Problem], options: ReachabilityOptions, *, blind: bool = False) -> None:
+        self.problems, self.options, self.blind = problems, options, blind
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores ``[rows, V]`` behind ids ``[rows, length]``; rows are the problems in turn."""
@@ -44,7 +47,7 @@ class LegalTokens(LogitsProcessor):
         for row, (problem, answer) in enumerate(zip(self.problems, answers, strict=True)):
             legal = legal_tokens(problem, answer, self.options)
             ruled_out[row, list(legal or [EOS])] = False
-        return scores.masked_fill(ruled_out, -torch.inf)
+        return (scores * (not self.blind)).masked_fill(ruled_out, -torch.inf)
 
 
 @dataclass
@@ -76,16 +79,17 @@ Decode: TypeAlias = Callable[[PreTrainedModel, Tensor, LogitsProcessorList, torc
 class Way:
     """A way of decoding: a name, whether an oracle rules out what is illegal, and the call.
 
-    ``votes`` > 1: so many samples of each problem, of whose answers the commonest counts.
+    ``votes`` > 1: so many samples of each problem vote (:func:`elected`). ``blind``: see :class:`LegalTokens`.
     """
 
     name: str
     oracle: bool
     decode: Decode
     votes: int = 1
+    blind: bool = False
 
 
-def plain(name: str, *, do_sample: bool, oracle: bool = False, votes: int = 1) -> Way:
+def plain(name: str, *, do_sample: bool, oracle: bool = False, blind: bool = False, votes: int = 1) -> Way:
     """Decoding one token after the other."""
 
     def decode(
@@ -97,12 +101,13 @@ def plain(name: str, *, do_sample: bool, oracle: bool = False, votes: int = 1) -
             num_return_sequences=votes, **settings,
         )  # fmt: skip
 
-    return Way(name, oracle, decode, votes)
+    return Way(name, oracle, decode, votes, blind)
 
 
 def lbr(
-    name: str, router: Router | None, *, width: int, depth: int = 1, do_sample: bool = True, oracle: bool = False
-) -> Way:
+    name: str, router: Router | None, *, width: int, depth: int = 1, do_sample: bool = True, oracle: bool = False,
+    votes: int = 1,
+) -> Way:  # fmt: skip
     """Local Branch Routing. With an oracle the candidates are the most likely of the legal tokens."""
 
     def decode(
@@ -111,20 +116,20 @@ def lbr(
     ) -> Any:  # fmt: skip
         return generate(
             model, prompts, width=width, depth=depth, router=router, do_sample=do_sample, generator=generator,
-            logits_processor=processors, candidate_min_p=0.0, **settings,
+            logits_processor=processors, candidate_min_p=0.0, num_return_sequences=votes, **settings,
         )  # fmt: skip
 
-    return Way(name, oracle, decode)
+    return Way(name, oracle, decode, votes)
 
 
-def soft(name: str, *, oracle: bool, top_n: int) -> Way:
+def soft(name: str, *, oracle: bool, top_n: int, filters: dict[str, float] | None = None) -> Way:
     """Soft Thinking throughout; what counts is the likeliest token of every mixture."""
 
     def decode(
         model: PreTrainedModel, prompts: Tensor, processors: LogitsProcessorList, generator: torch.Generator,
         settings: dict[str, Any],
     ) -> Any:  # fmt: skip
-        return soft_thinking(model, prompts, top_n=top_n, logits_processor=processors, **settings)
+        return soft_thinking(model, prompts, top_n=top_n, logits_processor=processors, **settings | (filters or {}))
 
     return Way(name, oracle, decode)
 
@@ -158,7 +163,7 @@ def evaluate(
     for first in range(0, len(problems), BATCH):
         part = list(problems[first : first + BATCH])
         prompts = torch.tensor([prompt_ids(problem, options) for problem in part], device=model.device)
-        processors = LogitsProcessorList([LegalTokens(part, options)] if way.oracle else [])
+        processors = LogitsProcessorList([LegalTokens(part, options, blind=way.blind)] if way.oracle else [])
         began = time.perf_counter()
         out = way.decode(model, prompts, processors, generator, settings)
         outcome.seconds += time.perf_counter() - began
@@ -166,7 +171,7 @@ def evaluate(
         outcome.nodes += out.stats.forwarded_nodes
         answers = [_answer(row) for row in out.sequences[:, options.prompt_length :].tolist()]
         for index, problem in enumerate(part):
-            chosen = _commonest(answers[index * way.votes : (index + 1) * way.votes], options)
+            chosen = elected(answers[index * way.votes : (index + 1) * way.votes], problem, options)
             verdict = check_answer(problem, chosen, options)
             outcome.correct.append(verdict.correct)
             outcome.legal.append(verdict.legal)
@@ -177,7 +182,12 @@ def _answer(row: list[int]) -> list[int]:
     return row[: row.index(EOS) + 1] if EOS in row else row
 
 
-def _commonest(answers: list[list[int]], options: ReachabilityOptions) -> list[int]:
-    """The first of the answers that end at the node at which most of them end: a majority vote over targets."""
-    ends = [(parse_answer(answer, options) or ())[-1:] for answer in answers]
-    return answers[max(range(len(answers)), key=lambda index: ends.count(ends[index]))]
+def elected(answers: list[list[int]], problem: Problem, options: ReachabilityOptions) -> list[int]:
+    """The first of the answers that arrive at the target at which most of them do.
+
+    Answers that have not ended, or not at one of the two targets that the prompt names, do not vote; if none does, the
+    first answer counts.
+    """
+    ends = [(parse_answer(answer, options) or (None,))[-1] for answer in answers]
+    voting = [index for index, end in enumerate(ends) if end in problem.targets]
+    return answers[max(voting, key=lambda index: ends.count(ends[index]), default=0)]

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from lbr_kernels.baselines import PAPER_FILTERS
 from lbr_kernels.evaluation.demo import CHECKPOINT
 from lbr_kernels.evaluation.machine import machine
 from lbr_kernels.evaluation.reachability import Problem, Split, evaluation_problems
@@ -236,15 +237,17 @@ def train(
 
 def ways_of(arm: Arm, routers: dict[int, Router], width: int) -> list[Way]:
     """All ways in which a method's model is decoded in the end."""
+    votes = [plain(f"majority of {count}", do_sample=True, votes=count) for count in (3, 9)]
     if arm == "cot":
         return [
             plain("sampled", do_sample=True),
             plain("greedy", do_sample=False),
             plain("greedy, oracle", do_sample=False, oracle=True),
-            plain("majority of 3", do_sample=True, votes=3),
-            plain("majority of 9", do_sample=True, votes=9),
+            plain("uniform, oracle", do_sample=True, oracle=True, blind=True),
+            *votes,
             multiplex("Multiplex Thinking, K=3", width=3),
             soft("Soft Thinking, untrained", oracle=False, top_n=10),
+            soft("Soft Thinking, its paper's filters", oracle=False, top_n=10, filters=PAPER_FILTERS),
         ]
     if arm == "soft":
         return [soft("soft, oracle", oracle=True, top_n=width), plain("greedy", do_sample=False)]
@@ -255,8 +258,9 @@ def ways_of(arm: Arm, routers: dict[int, Router], width: int) -> list[Way]:
             plain("greedy, oracle", do_sample=False, oracle=True),
         ]
     drawn = [lbr(f"K={k} L={depth}", routers[depth], width=k, depth=depth) for depth in DEPTHS for k in WIDTHS]
-    alone = [plain("sampled", do_sample=True), plain("greedy", do_sample=False), lbr("K=3 L=1, uniform", None, width=3)]
-    return [*alone, *drawn]
+    alone = [plain("sampled", do_sample=True), plain("greedy", do_sample=False), *votes]
+    voting = lbr("K=3 L=2, majority of 3", routers[2], width=3, depth=2, votes=3)
+    return [*alone, lbr("K=3 L=1, uniform", None, width=3), *drawn, voting]
 
 
 @app.command()
