@@ -355,28 +355,78 @@ def test_probe_accuracy():
     assert abs(probes.probe_accuracy(*halves) - 1 / 3) < 0.13
 
 
-def test_what_probes_are_asked(model):
+@torch.no_grad()
+def test_what_probes_are_asked(model, monkeypatch):
     """Names and order of the targets as the text has them; the states are those of the places named."""
-    pack = make_pack(OPTIONS, (1, 2, 3), graphs=2, pairs=2, walks=0, rng=np.random.default_rng(6), split="test")
-    names, second = probes._targets(pack, PRESET)
-    length = OPTIONS.max_answer_length
-    for row in range(2):
-        for question in range(4):
-            slots = pack.answers[row, question * length : (question + 1) * length]
+    pack = make_pack(OPTIONS, (1, 2, 3), graphs=3, pairs=3, walks=0, rng=np.random.default_rng(6), split="test")
+    monkeypatch.setattr(probes, "_packs", lambda *_: [pack])
+    length, digits = OPTIONS.max_answer_length, OPTIONS.digits
+    want: dict[tuple[int, str], list[tuple[list[torch.Tensor], int, int]]] = {}
+    nodes: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+
+    def state(text: list[int]) -> torch.Tensor:
+        return model.base_model(torch.tensor([text])).last_hidden_state[0, -1]
+
+    for row in range(len(pack.targets)):
+        for question in range(pack.branches):
+            part = slice(question * length, (question + 1) * length)
+            slots = pack.answers[row, part]
             answer = [token for token in pack.forest.tokens[row, slots].tolist() if token != PAD]
-            assert parse_answer(answer, OPTIONS)[-1] == int(names[row, question])
-            text = path_of(pack.forest, row, int(slots[0]) - 1)[OPTIONS.graph_length :]
-            shown = [parse_answer([*text[place : place + 2], EOS], OPTIONS)[0] for place in (1, 4)]
-            assert shown[int(second[row, question])] == int(names[row, question])
-    found = probes.target_states(model, PRESET, 24, split="train", seed=0)
+            text = path_of(pack.forest, row, int(slots[0]) - 1)
+            tail = text[OPTIONS.graph_length :]
+            shown = [parse_answer([*tail[place : place + 2], EOS], OPTIONS)[0] for place in (1, 4)]
+            path = parse_answer(answer, OPTIONS)
+            if len(path) > 1:
+                nodes.append((state(text + answer[:digits]), state(text + answer[: digits + 1]), path[0]))
+            seen = 0
+            for place, token in enumerate(answer):
+                legal, right = (mask[row, part][place].nonzero()[:, 0].tolist() for mask in (pack.legal, pack.right))
+                wrong = set(legal) - set(right)
+                if place // (digits + 1) == len(path) - 1 or place % (digits + 1) == digits or not wrong:
+                    continue
+                seen += 1
+                ahead = text + answer[:place]
+                for name, texts in (
+                    ("before", [ahead]), ("right", [[*ahead, token]]), ("wrong", [[*ahead, other] for other in wrong])
+                ):  # fmt: skip
+                    states = [state(each) for each in texts]
+                    want.setdefault((seen, name), []).append((states, path[-1], shown.index(path[-1])))
+    found = probes.target_states(model, PRESET, 18, split="test", seed=0)
     assert set(found) == {(which, place) for which in (1, 2) for place in probes.PLACES}
-    sizes = {which: {len(found[which, place][0].labels) for place in probes.PLACES} for which in (1, 2)}
-    assert all(len(size) == 1 for size in sizes.values())
-    assert not torch.equal(found[1, "right"][0].states, found[1, "wrong"][0].states)
-    for arm in ("cot", "soft"):
-        nodes = probes.identity_states(model, PRESET, 24, arm, split="train", seed=0)
-        assert set(nodes) == {"last digit", "arrow"}
-        assert int(nodes["arrow"].labels.max()) < OPTIONS.num_names
+    for key, (names, order) in found.items():
+        assert torch.equal(names.states, order.states)
+        assert names.labels.tolist() == [name for _, name, _ in want[key]]
+        assert order.labels.tolist() == [second for _, _, second in want[key]]
+        for got, (states, _, _) in zip(names.states, want[key], strict=True):
+            assert min(float((got - each).abs().max()) for each in states) < 1e-4
+    told = probes.identity_states(model, PRESET, 18, "cot", split="test", seed=0)
+    for name, place in (("last digit", 0), ("arrow", 1)):
+        assert told[name].labels.tolist() == [node for *_, node in nodes]
+        torch.testing.assert_close(
+            told[name].states, torch.stack([each[place] for each in nodes]), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_soft_states_are_those_of_its_decoding(model):
+    """What the head makes of them is what decoding saw."""
+    found = probes.identity_states(model, PRESET, 24, "soft", split="train", seed=3)
+    hops = [most for most in PRESET.curriculum[-1].hops if most > 1]
+    problems = evaluation_problems(OPTIONS, 24, hops=hops, seed=3, split="train")
+    prompts = torch.tensor([prompt_ids(problem, OPTIONS) for problem in problems])
+    out = lbr_kernels.baselines.soft_thinking(
+        model, prompts, top_n=OPTIONS.radix, top_k=0, max_new_tokens=OPTIONS.digits + 2, output_scores=True,
+        logits_processor=[decode.LegalTokens(problems, OPTIONS)], return_dict_in_generate=True,
+    )  # fmt: skip
+    answers = out.sequences[:, OPTIONS.prompt_length :]
+    rows = (answers[:, OPTIONS.digits] == ARROW).nonzero()[:, 0]
+    assert len(rows) > 8
+    nodes = [parse_answer([*answers[row, : OPTIONS.digits].tolist(), EOS], OPTIONS)[0] for row in rows]
+    for name, step in (("last digit", OPTIONS.digits), ("arrow", OPTIONS.digits + 1)):
+        assert found[name].labels.tolist() == nodes
+        seen, logits = out.scores[step][rows], model.lm_head(found[name].states)
+        told = seen.isfinite()
+        expected = logits.masked_fill(~told, -torch.inf).log_softmax(-1)
+        torch.testing.assert_close(expected[told], seen.log_softmax(-1)[told], rtol=1e-3, atol=1e-4)
 
 
 def test_smoke(tmp_path: Path):

@@ -74,12 +74,12 @@ def _preset(
     )
 
 
-DECIMAL, BINARY = ReachabilityOptions(), ReachabilityOptions(radix=2, digits=4)
+QUATERNARY, BINARY = ReachabilityOptions(), ReachabilityOptions(radix=2, digits=4)
 PRESETS = {
     "cpu": _preset(
-        DECIMAL, ReachabilityOptions(layers=2, num_edges=7), (300, 300, 250, 500, 1650),
+        QUATERNARY, ReachabilityOptions(layers=2, num_edges=7), (300, 300, 250, 500, 1650),
         dim=128, layers=4, heads=4, router_dim=64, graphs=4, trees=10, points=10, held_out=300, problems=600,
-        probed=1500, rounds=5,
+        probed=6000, rounds=5,
     ),
     "gpu": _preset(
         BINARY, ReachabilityOptions(layers=2, num_edges=7, radix=2, digits=4), (2000, 2000, 2000, 4000, 20000),
@@ -87,9 +87,9 @@ PRESETS = {
         probed=10000, rounds=5,
     ),
     "smoke": _preset(
-        DECIMAL, ReachabilityOptions(layers=2, num_edges=7), (3, 3, 2, 2, 4),
+        QUATERNARY, ReachabilityOptions(layers=2, num_edges=7), (3, 3, 2, 2, 4),
         dim=32, layers=2, heads=4, router_dim=16, graphs=2, trees=4, points=2, held_out=12, problems=24,
-        probed=40, rounds=1,
+        probed=60, rounds=1,
     ),
 }  # fmt: skip
 

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from arms import Arm, at, mixtures
+from arms import Arm, at
+from decode import BATCH, LegalTokens
 from model import Preset
 from packs import Pack, make_pack
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
-from lbr_kernels.evaluation.reachability import FIRST_DIGIT, PAD, Split
+from lbr_kernels.baselines import soft_thinking
+from lbr_kernels.evaluation.reachability import ARROW, FIRST_DIGIT, PAD, Split, evaluation_problems, prompt_ids
 
 PLACES = ("before", "right", "wrong")  # a branching's state, and those after its gold candidate and after a wrong one
 GRAPHS = 20  # per forward
@@ -39,13 +41,14 @@ def target_states(
 ) -> dict[tuple[int, str], tuple[Labelled, Labelled]]:
     """States at the first and the second branching of each question: by number and place, with two kinds of labels.
 
-    A branching is a place where some legal token leads to the target and some other does not. The labels are the
-    target's name, and whether it was the first or the second of those shown. Of ``count`` questions.
+    A branching is a digit of a node on the way, before the target's own name is spelled, in whose place some legal
+    token leads to the target and some other does not. The labels are the target's name, and whether it was the first or
+    the second of those shown. Of ``count`` questions.
     """
     found: dict[tuple[int, str], list[tuple[Tensor, Tensor, Tensor]]] = {}
+    generator = torch.Generator().manual_seed(seed)
     for pack in _packs(preset, count, split, seed, model.device):
-        wrong = pack.legal & ~pack.right & pack.right.any(dim=-1, keepdim=True)
-        generator = torch.Generator().manual_seed(seed)
+        wrong = pack.legal & ~pack.right & (pack.right.any(dim=-1) & _on_the_way(pack, preset)).unsqueeze(-1)
         noise = torch.rand(wrong.shape, generator=generator).to(wrong.device)
         forest, slots = pack.forest.grow(pack.answers - 1, (wrong * (1 + noise)).argmax(dim=-1))
         hidden = forest.hidden(model)
@@ -68,24 +71,49 @@ def identity_states(
 ) -> dict[str, Labelled]:
     """States at the last digit of the first generated node and at the arrow behind it, labelled with that node.
 
-    Of a gold path; of Soft Thinking's mixtures along it for the model that has learned those.
+    Of gold paths of two nodes or more; of the model that has learned to read mixtures, of its own decoding, with the
+    node that it committed.
     """
-    options = preset.options
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {"last digit": [], "arrow": []}
+    states, nodes = (_softly if arm == "soft" else _on_gold)(model, preset, count, split, seed)
+    digits = preset.options.digits
+    return {name: Labelled(states[:, place], nodes) for name, place in (("last digit", digits - 1), ("arrow", digits))}
+
+
+def _on_gold(model: PreTrainedModel, preset: Preset, count: int, split: Split, seed: int) -> tuple[Tensor, Tensor]:
+    """States at the tokens of first nodes and the arrow ``[n, digits + 1, D]``, and those nodes ``[n]``."""
+    options, found = preset.options, []
     for pack in _packs(preset, count, split, seed, model.device):
-        embeds = mixtures(model, pack) if arm == "soft" else None
-        hidden = pack.forest.hidden(model, embeds)
-        slots = pack.answers.view(len(pack.answers), -1, options.max_answer_length)
-        tokens = pack.targets.view(slots.shape)
+        tokens = pack.targets.view(len(pack.targets), -1, options.max_answer_length)
+        slots = pack.answers.view(tokens.shape)[..., : options.digits + 1]
         longer = tokens[..., options.digits + 1] != PAD  # than one node
-        node = _node(tokens[..., : options.digits], options.radix)
-        for name, place in (("last digit", options.digits - 1), ("arrow", options.digits)):
-            states = at(hidden, slots[..., place])
-            found[name].append((states[longer], node[longer]))
-    return {
-        name: Labelled(torch.cat([s for s, _ in several]), torch.cat([n for _, n in several]))
-        for name, several in found.items()
-    }
+        states = at(pack.forest.hidden(model), slots.flatten(1)).view(*slots.shape, -1)
+        found.append((states[longer], _node(tokens[..., : options.digits], options.radix)[longer]))
+    states, nodes = (torch.cat(part) for part in zip(*found, strict=True))
+    return states, nodes
+
+
+def _softly(model: PreTrainedModel, preset: Preset, count: int, split: Split, seed: int) -> tuple[Tensor, Tensor]:
+    """The same of Soft Thinking as it is decoded, an oracle ruling out what is illegal."""
+    options, found = preset.options, []
+    hops = [most for most in preset.curriculum[-1].hops if most > 1]
+    problems = evaluation_problems(options, count + count % 2, hops=hops, seed=seed, split=split)
+    table = model.get_input_embeddings().weight
+    for first in range(0, len(problems), BATCH):
+        part = problems[first : first + BATCH]
+        prompts = torch.tensor([prompt_ids(problem, options) for problem in part], device=model.device)
+        out = soft_thinking(
+            model, prompts, top_n=options.radix, top_k=0, temperature=1.0, max_new_tokens=options.digits + 1,
+            logits_processor=LogitsProcessorList([LegalTokens(part, options)]), return_dict_in_generate=True,
+        )  # fmt: skip
+        mixed = (out.mixtures.weights.unsqueeze(-1) * table[out.mixtures.tokens.clamp(min=0)]).sum(dim=2)
+        read = model.base_model(inputs_embeds=torch.cat([table[prompts], mixed], dim=1)).last_hidden_state
+        committed = out.sequences[:, options.prompt_length :]
+        longer = committed[:, options.digits] == ARROW
+        found.append((
+            read[longer, options.prompt_length :], _node(committed[longer, : options.digits], options.radix)
+        ))  # fmt: skip
+    states, nodes = (torch.cat(part) for part in zip(*found, strict=True))
+    return states, nodes
 
 
 def probe_accuracy(train: Labelled, test: Labelled, *, steps: int = 60, decay: float = 1e-3) -> float:
@@ -101,7 +129,7 @@ def probe_accuracy(train: Labelled, test: Labelled, *, steps: int = 60, decay: f
         optimizer.zero_grad()
         value = cross_entropy(probe(states), train.labels) + decay * probe.weight.square().sum()
         value.backward()
-        return float(value)
+        return value.item()
 
     optimizer.step(loss)
     with torch.no_grad():
@@ -119,6 +147,16 @@ def _packs(preset: Preset, count: int, split: Split, seed: int, device: torch.de
         for _ in several
     )
     return [pack.to(device) for pack in packs]
+
+
+def _on_the_way(pack: Pack, preset: Preset) -> Tensor:
+    """Which of the answers' tokens are digits of a node before the last, bool ``[B, S]``."""
+    options = preset.options
+    tokens = pack.targets.view(len(pack.targets), -1, options.max_answer_length)
+    place = torch.arange(options.max_answer_length, device=tokens.device)
+    last = (tokens != PAD).sum(dim=-1, keepdim=True) - (options.digits + 1)  # where the last node begins
+    on_the_way = (place < last) & (place % (options.digits + 1) < options.digits)
+    return on_the_way.flatten(1)
 
 
 def _targets(pack: Pack, preset: Preset) -> tuple[Tensor, Tensor]:
