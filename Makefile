@@ -26,7 +26,7 @@ demo: $(VENV)/.package  ## Watch a small model decode with a rolling lookahead t
 study: $(VENV)/.test  ## The paper's synthetic study: an hour a seed on two cores; PRESET=smoke SEEDS=0 takes 2 minutes.
 	$(BIN)/lbr-kernels build
 	$(BIN)/python python/reachability/synthetic.py run $(STUDY)/$(PRESET) --preset $(PRESET) --jobs $(JOBS) $(addprefix --seed ,$(SEEDS))
-	$(BIN)/python python/reachability/synthetic.py report $(STUDY)/$(PRESET) --preset $(PRESET) --results $(STUDY)
+	$(BIN)/python python/reachability/synthetic.py report $(STUDY)/$(PRESET) --results $(STUDY)
 
 test: $(VENV)/.test  ## Build the kernels and run the tests.
 	$(BIN)/lbr-kernels build

@@ -103,7 +103,8 @@ def mixtures(model: PreTrainedModel, pack: Pack) -> Tensor:
     embeddings = cast(nn.Embedding, model.get_input_embeddings())
     there = pack.legal.any(dim=-1, keepdim=True)
     slots = pack.answers.unsqueeze(-1).expand(-1, -1, embeddings.embedding_dim)
-    tokens = inputs = embeddings(pack.forest.tokens)
+    tokens: Tensor = embeddings(pack.forest.tokens)
+    inputs = tokens
     for _ in range(2):
         with torch.no_grad():
             logits = model.get_output_embeddings()(at(pack.forest.hidden(model, inputs), pack.answers - 1)).float()

@@ -143,6 +143,7 @@ class _Beside:
 
     caches: list[list[Tensor]]
     seen: Tensor
+    backend: str | None = None
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, extras: LayerExtras) -> Tensor:
         keys, values = self.caches[cast(int, module.layer_idx)]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from lbr_kernels.baselines import soft_thinking
+from lbr_kernels.baselines import ThinkingGenerateOutput, soft_thinking
 from lbr_kernels.evaluation.reachability import ARROW, FIRST_DIGIT, PAD, Split, evaluation_problems, prompt_ids
 
 PLACES = ("before", "right", "wrong")  # a branching's state, and those after its gold candidate and after a wrong one
@@ -105,6 +105,8 @@ def _softly(model: PreTrainedModel, preset: Preset, count: int, split: Split, se
             model, prompts, top_n=options.radix, top_k=0, temperature=1.0, max_new_tokens=options.digits + 1,
             logits_processor=LogitsProcessorList([LegalTokens(part, options)]), return_dict_in_generate=True,
         )  # fmt: skip
+        assert isinstance(out, ThinkingGenerateOutput)
+        assert out.mixtures is not None
         mixed = (out.mixtures.weights.unsqueeze(-1) * table[out.mixtures.tokens.clamp(min=0)]).sum(dim=2)
         read = model.base_model(inputs_embeds=torch.cat([table[prompts], mixed], dim=1)).last_hidden_state
         committed = out.sequences[:, options.prompt_length :]

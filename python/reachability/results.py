@@ -73,7 +73,7 @@ class Study:
     """The runs of one size, by seed."""
 
     def __init__(self, path: Path) -> None:
-        self.data: dict[str, Any] = json.loads(path.read_text())
+        self.data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         self.seeds: list[dict[str, Any]] = list(self.data["seeds"].values())
 
     def arm(self, name: str) -> list[dict[str, Any]]:
@@ -204,14 +204,14 @@ TABLES: dict[str, Callable[[Study], str]] = {
 
 def write_tables(path: Path, page: Path) -> None:
     """Put tables between their marks on a page, ``<!-- NAME --> ... <!-- /NAME -->``, those that it has."""
-    study, text = Study(path), page.read_text()
+    study, text = Study(path), page.read_text(encoding="utf-8")
     for name, table in TABLES.items():
         if f"<!-- {name} -->" not in text:
             continue
         begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
         first = text.index(begin) + len(begin)
         text = text[:first] + table(study) + text[text.index(end, first) :]
-    page.write_text(text)
+    page.write_text(text, encoding="utf-8")
 
 
 def draw(path: Path) -> list[Path]:

@@ -47,7 +47,7 @@ from transformers.utils import logging
 from lbr_kernels.baselines import PAPER_FILTERS
 from lbr_kernels.evaluation.demo import CHECKPOINT
 from lbr_kernels.evaluation.machine import machine
-from lbr_kernels.evaluation.reachability import Problem, Split, evaluation_problems
+from lbr_kernels.evaluation.reachability import Problem, ReachabilityOptions, Split, evaluation_problems
 from lbr_kernels.options import one_of
 from lbr_kernels.router import Router
 
@@ -57,6 +57,10 @@ console = Console(stderr=True)
 Work = Annotated[Path, typer.Argument(help="Where runs are kept.", file_okay=False)]
 Size = Annotated[
     str, typer.Option("--preset", parser=one_of(PRESETS), metavar="|".join(PRESETS), help="The study's size.")
+]
+BaseSize = Annotated[
+    str | None,
+    typer.Option("--preset", parser=one_of(PRESETS), metavar="|".join(PRESETS), help="Of base: cpu if not given."),
 ]
 Trained = Annotated[str, typer.Argument(parser=one_of(ARMS), metavar="|".join(ARMS))]
 Seeds = Annotated[list[int] | None, typer.Option("--seed", help="May be given several times.")]
@@ -200,19 +204,24 @@ def train(
     work: Work,
     arm: Annotated[str, typer.Argument(parser=one_of(["base", *ARMS]), metavar="|".join(["base", *ARMS]))],
     seed: Annotated[int, typer.Option()] = 0,
-    preset: Size = "cpu",
+    preset: BaseSize = None,
     judged: Annotated[bool, typer.Option("--judge", help="And judge the method.")] = False,
 ) -> None:
     """Pre-train the model that all methods start from (base), or train one method from it."""
     _prepare()
-    size, folder, began = PRESETS[preset], work / f"seed-{seed}", time.perf_counter()
+    folder, began = work / f"seed-{seed}", time.perf_counter()
+    name = preset or "cpu" if arm == "base" else preset_of(folder)
+    if preset not in (None, name):
+        raise typer.BadParameter(f"{folder} holds runs of {name!r}, not {preset!r}", param_hint="--preset")
+    size = PRESETS[name]
     torch.manual_seed(seed)
     model, ahead = build_model(size).to(device()), MultiToken(size.dim).to(device())
     if arm == "base":
         last = pretrain(model, ahead, size, seed)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save({"model": model.state_dict(), "ahead": ahead.state_dict()}, folder / "base.pt")
-        _write(folder / "base.json", {"minutes": (time.perf_counter() - began) / 60, "losses": last})
+        minutes = (time.perf_counter() - began) / 60
+        _write(folder / "base.json", {"preset": name, "commit": commit(), "minutes": minutes, "losses": last})
         return
     start = torch.load(folder / "base.pt", map_location=device())
     model.load_state_dict(start["model"])
@@ -227,9 +236,10 @@ def train(
     model.load_state_dict(best_model)
     routers.load_state_dict(best_routers)
     save(model, routers, folder / arm / "best", size.options)
-    _write(folder / f"{arm}.json", {"minutes": held_out.curve[-1]["minutes"], "curve": held_out.curve})
+    minutes = held_out.curve[-1]["minutes"]
+    _write(folder / f"{arm}.json", {"commit": commit(), "minutes": minutes, "curve": held_out.curve})
     if judged:
-        judge(work, arm, seed, preset)
+        judge(work, arm, seed)
 
 
 # --- judging --------------------------------------------------------------------------------------------------------
@@ -264,10 +274,11 @@ def ways_of(arm: Arm, routers: dict[int, Router], width: int) -> list[Way]:
 
 
 @app.command()
-def judge(work: Work, arm: Trained, seed: Annotated[int, typer.Option()] = 0, preset: Size = "cpu") -> None:
+def judge(work: Work, arm: Trained, seed: Annotated[int, typer.Option()] = 0) -> None:
     """Decode unseen graphs with one method's model in every way, and fit the probes."""
     _prepare()
-    size, folder, began = PRESETS[preset], work / f"seed-{seed}", time.perf_counter()
+    folder, began = work / f"seed-{seed}", time.perf_counter()
+    size = PRESETS[preset_of(folder)]
     problems = evaluation_problems(size.options, size.problems, hops=size.curriculum[-1].hops, seed=seed)
     decoded: dict[str, dict[str, Any]] = {}
     last, best = (folder / arm / kind for kind in KINDS)
@@ -287,7 +298,8 @@ def judge(work: Work, arm: Trained, seed: Annotated[int, typer.Option()] = 0, pr
         decoded = {way: dict.fromkeys(KINDS, found["last"]) for way, found in decoded.items()}
     probed = _probes(cast(Arm, arm), folder / arm / "last", size, seed)
     minutes = (time.perf_counter() - began) / 60
-    _write(folder / f"{arm}-judged.json", {"judging_minutes": minutes, "decoded": decoded, "probes": probed})
+    told = {"judging_commit": commit(), "judging_minutes": minutes, "decoded": decoded, "probes": probed}
+    _write(folder / f"{arm}-judged.json", told)
 
 
 def _probes(arm: Arm, checkpoint: Path, size: Preset, seed: int) -> dict[str, float]:
@@ -310,23 +322,24 @@ def _probes(arm: Arm, checkpoint: Path, size: Preset, seed: int) -> dict[str, fl
 def time_(
     work: Work,
     seed: Annotated[int, typer.Option()] = 0,
-    preset: Size = "cpu",
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Time all ways of decoding in turns: seconds per problem, on a machine that does nothing else."""
     _prepare(threads)
-    size, folder = PRESETS[preset], work / f"seed-{seed}"
+    folder = work / f"seed-{seed}"
+    size = PRESETS[preset_of(folder)]
     problems: list[Problem] = evaluation_problems(
         size.options, min(100, size.problems), hops=size.curriculum[-1].hops, seed=seed, split="validation"
     )
     loaded = {arm: load(folder / arm / "last", device()) for arm in ARMS}
+    turns = [(arm, way) for arm, (_, routers) in loaded.items() for way in ways_of(arm, routers, size.options.radix)]
     seconds: dict[str, dict[str, list[float]]] = {arm: {} for arm in ARMS}
     for number in range(size.rounds + 1):
-        for arm, (model, routers) in loaded.items():
-            for way in ways_of(arm, routers, size.options.radix):
-                took = evaluate(way, model, problems, size.options, seed).seconds / len(problems)
-                if number:  # the first round warms up
-                    seconds[arm].setdefault(way.name, []).append(took)
+        first = number * len(turns) // size.rounds  # who begins changes, and who comes behind whom does not matter much
+        for arm, way in turns[first:] + turns[:first]:
+            took = evaluate(way, loaded[arm][0], problems, size.options, seed).seconds / len(problems)
+            if number:  # the first round warms up
+                seconds[arm].setdefault(way.name, []).append(took)
     _write(work / "times.json", {"threads": threads, "machine": machine(), "seconds_per_problem": seconds})
 
 
@@ -341,11 +354,14 @@ def run(
     jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
 ) -> None:
     """Train, judge and time everything that WORK does not hold yet; seed 0 if none is given."""
-    seeds = seeds or [0]
+    seeds = sorted(set(seeds or [0]))
+    for seed in seeds:
+        folder = work / f"seed-{seed}"
+        if (folder / "base.json").exists() and (found := preset_of(folder)) != preset:
+            raise typer.BadParameter(f"{folder} holds runs of {found!r}, not {preset!r}", param_hint="--preset")
 
     def call(command: str, *arguments: str, seed: int) -> None:
-        program = [sys.executable, __file__, command, str(work), *arguments, "--seed", str(seed), "--preset", preset]
-        subprocess.run(program, check=True)
+        subprocess.run([sys.executable, __file__, command, str(work), *arguments, "--seed", str(seed)], check=True)
 
     def missing(name: str, seed: int) -> bool:
         return not (work / f"seed-{seed}" / f"{name}.json").exists()
@@ -356,8 +372,12 @@ def run(
         elif missing(f"{arm}-judged", seed):
             call("judge", arm, seed=seed)
 
+    def base(seed: int) -> None:
+        if missing("base", seed):
+            call("train", "base", "--preset", preset, seed=seed)
+
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda seed: call("train", "base", seed=seed), [n for n in seeds if missing("base", n)]))
+        list(pool.map(base, seeds))
         # The longest first, so that all processes end at about the same time.
         list(pool.map(lambda task: one(*task), [(arm, seed) for seed in seeds for arm in reversed(ARMS)]))
     if not (work / "times.json").exists():
@@ -367,14 +387,22 @@ def run(
 @app.command()
 def report(
     work: Work,
-    preset: Size = "cpu",
     results: Annotated[Path, typer.Option(help="Where JSON, figures and page go.", file_okay=False)] = RESULTS,
 ) -> None:
     """Write the JSON of all runs, draw the figures, and fill in the page's tables."""
+    folders = sorted(work.glob("seed-*"), key=lambda folder: int(folder.name.removeprefix("seed-")))
+    needed = [folder / f"{arm}{part}.json" for folder in folders for arm in ARMS for part in ("", "-judged")]
+    absent = [path for path in (*needed, work / "times.json") if not path.exists()]
+    if absent or not folders:
+        what = ", ".join(str(path.relative_to(work)) for path in absent[:3]) or "runs"
+        raise typer.BadParameter(f"{work} has no {what}; `synthetic.py run` makes what is missing", param_hint="WORK")
+    presets = {preset_of(folder) for folder in folders}
+    if len(presets) > 1:
+        raise typer.BadParameter(f"{work} holds runs of {' and '.join(sorted(presets))}", param_hint="WORK")
+    preset = presets.pop()
     found: dict[str, dict[str, Any]] = {}
-    for folder in sorted(work.glob("seed-*"), key=lambda folder: int(folder.name.removeprefix("seed-"))):
-        judged = [arm for arm in ARMS if (folder / f"{arm}-judged.json").exists()]
-        arms = {arm: {**_read(folder / f"{arm}.json"), **_read(folder / f"{arm}-judged.json")} for arm in judged}
+    for folder in folders:
+        arms = {arm: _read(folder / f"{arm}.json") | _read(folder / f"{arm}-judged.json") for arm in ARMS}
         found[folder.name.removeprefix("seed-")] = {"base": _read(folder / "base.json"), "arms": arms}
     seeds = "".join(f" --seed {seed}" for seed in found)
     data = {
@@ -386,7 +414,7 @@ def report(
         "seeds": found,
     }
     path = results.resolve() / f"{data['date']}-study-{preset}.json"
-    path.write_text(json.dumps(data) + "\n")
+    path.write_text(json.dumps(data) + "\n", encoding="utf-8")
     figures(path)
 
 
@@ -407,22 +435,47 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory of the checkpoint.", file_okay=False)] = CHECKPOINT,
 ) -> None:
     """Write the checkpoint that the package ships: of all seeds' the best on validation graphs."""
-    told = {
-        max(point["accuracy"] for point in _read(folder / "lbr.json")["curve"]): folder / "lbr" / "best"
-        for folder in sorted(work.glob("seed-*"))
-    }
-    accuracy, best = max(told.items())
+    if out.exists() and not (out / "config.json").exists():
+        raise typer.BadParameter(f"{out} is there and is no checkpoint", param_hint="--out")
+    told = {folder: _read(folder / "lbr.json")["curve"] for folder in sorted(work.glob("seed-*"))}
+    if not told or any(PRESETS[preset_of(folder)].options != ReachabilityOptions() for folder in told):
+        raise typer.BadParameter(f"{work} has no runs on the demo's own task, --preset cpu", param_hint="WORK")
+    accuracy = {folder: max(point["accuracy"] for point in curve) for folder, curve in told.items()}
+    best = max(accuracy, key=lambda folder: accuracy[folder])
+    new = out.with_name(f"{out.name}.new")
+    shutil.copytree(best / "lbr" / "best", new)
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(best, out)
-    console.print(f"{best} with {accuracy:.3f} on validation graphs", highlight=False)
+    new.rename(out)
+    console.print(f"{best} with {accuracy[best]:.3f} on validation graphs", highlight=False)
+
+
+def preset_of(folder: Path) -> str:
+    """The size of a seed's runs, which is their base's."""
+    path = folder / "base.json"
+    if not path.exists():
+        raise typer.BadParameter(f"{folder} has no base: `synthetic.py train WORK base` makes it", param_hint="WORK")
+    name: str = _read(path)["preset"]
+    return name
+
+
+def commit() -> str | None:
+    """Of the code that runs, with a mark where files were changed; None outside a clone."""
+    described = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--match="]
+    try:
+        return subprocess.run(described, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    """All of it or nothing: an interrupted run is not taken for a finished one."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 if __name__ == "__main__":
