@@ -442,7 +442,7 @@ def test_smoke(tmp_path: Path):
     stamps = {path: path.stat().st_mtime_ns for path in work.rglob("*.json")}
     call("run", str(work), "--preset", "smoke", "--jobs", "1")
     assert stamps == {path: path.stat().st_mtime_ns for path in work.rglob("*.json")}
-    call("report", str(work), "--preset", "smoke", "--results", str(tmp_path))
+    call("report", str(work), "--results", str(tmp_path))
     (data,) = tmp_path.glob("*-study-smoke.json")
     first = {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
     assert len(first) == 3
@@ -453,7 +453,7 @@ def test_smoke(tmp_path: Path):
     assert text.endswith("after\n")
     study = results.Study(data)
     assert f"{study.decoded('cot', 'greedy', 'accuracy').mean():.3f}" in text
-    rows = len(results.HEADLINE) + len(results.PAPER) + len(study.ways()) + 4
+    rows = len(results.HEADLINE) + len(results.PAPER) + len(study.ways()) + len(results.PAIRS) + 4
     assert text.count("\n|") == 2 * len(results.TABLES) + rows
     recorded = json.loads(data.read_text())
     assert [point["step"] for point in recorded["seeds"]["0"]["arms"]["lbr"]["curve"]] == [4, 8]

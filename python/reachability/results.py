@@ -16,6 +16,7 @@ COLOURS = {
     "cot": "#c46a1a", "soft": "#8a6fb0", "oracle": "#2e8b57", "lbr": "#1f5fa8", "independent": "#7fa8cf",
     "other": "#8b8b8b",
 }  # fmt: skip
+BY_DEPTH = {"lbr": {1: COLOURS["lbr"], 2: "#0b2545"}, "independent": {1: COLOURS["independent"], 2: "#b58900"}}
 NAMES = {
     "cot": "Discrete CoT",
     "soft": "Soft Thinking",
@@ -96,9 +97,11 @@ class Study:
         """Methods, and the ways in which they were decoded."""
         return [(arm, way) for arm in NAMES for way in self.arm(arm)[0]["decoded"]]
 
-    def seconds(self, arm: str, way: str) -> tuple[float, float, float]:
-        """Seconds per problem: the median over rounds, and the quartiles."""
-        rounds = self.data["times"]["seconds_per_problem"][arm][way]
+    def seconds(self, arm: str, way: str) -> tuple[float, float, float] | None:
+        """Seconds per problem: the median over rounds, and the quartiles; None for what was not timed."""
+        rounds = self.data["times"]["seconds_per_problem"].get(arm, {}).get(way)
+        if rounds is None:
+            return None
         low, middle, high = np.quantile(rounds, (0.25, 0.5, 0.75))
         return float(middle), float(low), float(high)
 
@@ -135,7 +138,7 @@ def ways_table(study: Study) -> str:
     ]
     for arm, way in study.ways():
         runs = [run["decoded"][way]["last"]["by_hops"] for run in study.arm(arm)]
-        middle, low, high = (1000 * value for value in study.seconds(arm, way))
+        time = study.seconds(arm, way)
         cells = [
             NAMES[arm],
             way,
@@ -143,7 +146,7 @@ def ways_table(study: Study) -> str:
             *(f"{np.mean([run[count] for run in runs]):.3f}" for count in hops),
             f"{study.decoded(arm, way, 'legal').mean():.3f}",
             f"{study.decoded(arm, way, 'nodes_per_problem').mean():.1f}",
-            f"{middle:.1f} ({low:.1f} to {high:.1f})",
+            "" if time is None else "{:.1f} ({:.1f} to {:.1f})".format(*(1000 * value for value in time)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -171,15 +174,41 @@ def router_table(study: Study) -> str:
     return "\n".join(lines)
 
 
-HEADLINE = {
+Run = tuple[str, str]  # a method, and how it was decoded
+GREEDY: Run = ("cot", "greedy")
+# What is worth telling apart, and what from.
+PAIRS: Sequence[tuple[Run, Run]] = [
+    (("oracle", "oracle"), GREEDY),
+    (GREEDY, ("soft", "soft, oracle")),
+    *((("lbr", f"K={width} L={depth}"), GREEDY) for depth in (1, 2) for width in (2, 3)),
+    *((("lbr", "K=3 L=2"), (arm, f"majority of {count}")) for arm in ("cot", "lbr") for count in (3, 9)),
+    (("lbr", "K=3 L=2, majority of 3"), ("lbr", "majority of 9")),
+]
+
+
+def pairs_table(study: Study) -> str:
+    """Differences of accuracy, seed by seed, and how many times as many nodes the first takes."""
+    lines = ["| | against | difference | lowest to highest seed | nodes |", "|---|---|--:|--:|--:|"]
+    for pair in PAIRS:
+        first, second = (study.decoded(arm, way, "accuracy") for arm, way in pair)
+        nodes = [study.decoded(arm, way, "nodes_per_problem").mean() for arm, way in pair]
+        each = first - second
+        names = [f"{NAMES[arm]}, {way}" for arm, way in pair]
+        cells = [*names, spread(each), f"{each.min():+.3f} to {each.max():+.3f}", f"{nodes[0] / nodes[1]:.2f} times"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+HEADLINE: dict[str, Run] = {
     "plain decoding, greedy": ("cot", "greedy"),
     "plain decoding, sampled": ("cot", "sampled"),
     "majority vote of 3 samples": ("cot", "majority of 3"),
     "majority vote of 9 samples": ("cot", "majority of 9"),
-    "Multiplex Thinking, K=3": ("cot", "Multiplex Thinking, K=3"),
-    "Soft Thinking, trained on mixtures of legal tokens": ("soft", "soft, oracle"),
+    "Multiplex Thinking, K=3, untrained": ("cot", "Multiplex Thinking, K=3"),
+    "Soft Thinking, trained, among legal tokens": ("soft", "soft, oracle"),
     "**LBR, K=3, L=1**": ("lbr", "K=3 L=1"),
     "**LBR, K=3, L=2**": ("lbr", "K=3 L=2"),
+    "**majority vote of 3 LBR texts, K=3, L=2**": ("lbr", "K=3 L=2, majority of 3"),
     "LBR among legal tokens (the paper's setting)": ("oracle", "oracle"),
 }
 
@@ -190,7 +219,8 @@ def headline_table(study: Study) -> str:
     for name, (arm, way) in HEADLINE.items():
         accuracy, nodes = study.decoded(arm, way, "accuracy"), study.decoded(arm, way, "nodes_per_problem")
         shown = f"{accuracy.mean():.3f} ({accuracy.min():.3f} to {accuracy.max():.3f})"
-        lines.append(f"| {name} | {shown} | {nodes.mean():.1f} | {1000 * study.seconds(arm, way)[0]:.1f} |")
+        time = study.seconds(arm, way)
+        lines.append(f"| {name} | {shown} | {nodes.mean():.1f} | {'' if time is None else f'{1000 * time[0]:.1f}'} |")
     return "\n".join(lines)
 
 
@@ -199,6 +229,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "paper": paper_table,
     "ways": ways_table,
     "router": router_table,
+    "pairs": pairs_table,
 }
 
 
@@ -247,13 +278,12 @@ def _training(plt: Any, study: Study) -> Any:
         label = f"{NAMES[arm]} ({DECODED[arm]})"
         _line(axes[0], steps[0], accuracy, COLOURS[arm], label)
         _line(axes[1], np.median(minutes, axis=0), accuracy, COLOURS[arm], label)
-    for arm, name, style in (
-        ("oracle", "", "-"), ("lbr", " K=3 L=1", "-"), ("lbr", " K=3 L=2", "--"), ("independent", " K=3 L=1", "-"),
-        ("independent", " K=3 L=2", "--"),
-    ):  # fmt: skip
+    routers = [("oracle", "", COLOURS["oracle"])]
+    routers += [(arm, f" K=3 L={depth}", BY_DEPTH[arm][depth]) for arm in BY_DEPTH for depth in (1, 2)]
+    for arm, name, colour in routers:
         steps, label = study.curve(arm, "step")[0], f"{NAMES[arm]}{name}"
         for axis, key in ((axes[2], "router accuracy"), (axes[3], "router divergence")):
-            _line(axis, steps, study.curve(arm, key + name), COLOURS[arm], label, linestyle=style)
+            _line(axis, steps, study.curve(arm, key + name), colour, label)
     titles = ("target accuracy, validation graphs", "the same by time", "router accuracy", "KL to the right candidates")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="steps")
@@ -298,29 +328,47 @@ def _probes(plt: Any, study: Study) -> Any:
     return figure
 
 
+# In the picture of costs: what is named, and where the name stands; what has none lies on its neighbours.
+LABELS: dict[Run, tuple[str, tuple[int, int]]] = {
+    ("cot", "sampled"): ("sampled", (6, -3)),
+    ("cot", "greedy"): ("greedy", (-6, 4)),
+    ("cot", "majority of 3"): ("majority of 3", (6, -8)),
+    ("cot", "majority of 9"): ("majority of 9", (6, -8)),
+    ("cot", "Multiplex Thinking, K=3"): ("Multiplex, K=3", (6, -3)),
+    ("soft", "soft, oracle"): ("Soft Thinking", (-6, -8)),
+    ("oracle", "oracle"): ("LBR among legal tokens", (6, 4)),
+    ("lbr", "K=2 L=1"): ("K=2 L=1", (6, -8)),
+    ("lbr", "K=3 L=1"): ("K=3 L=1", (-6, 4)),
+    ("lbr", "K=2 L=2"): ("K=2 L=2", (6, -3)),
+    ("lbr", "K=3 L=2"): ("K=3 L=2", (6, -3)),
+    ("lbr", "majority of 3"): ("majority of 3", (6, 4)),
+    ("lbr", "majority of 9"): ("majority of 9", (6, 4)),
+    ("lbr", "K=3 L=2, majority of 3"): ("K=3 L=2, majority of 3", (-6, 5)),
+}
+
+
 def _cost(plt: Any, study: Study) -> Any:
     """Accuracy against what it costs: nodes forwarded, and seconds."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True)
-    left_out = {("soft", "greedy"), ("oracle", "greedy")}
-    for arm, way in study.ways():
-        if arm == "independent" or way == "greedy, oracle" or (arm, way) in left_out:
-            continue  # in the table; here they would lie on others
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    for (arm, way), (name, (right, up)) in LABELS.items():
         accuracy = study.decoded(arm, way, "accuracy")
         marker = "^" if "oracle" in way else "o"
         style = {"color": COLOURS[arm], "marker": marker, "linestyle": "", "markersize": 5}
-        costs = (study.decoded(arm, way, "nodes_per_problem").mean(), 1000 * study.seconds(arm, way)[0])
-        for axis, cost in zip(axes, costs, strict=True):
+        costs, time = [study.decoded(arm, way, "nodes_per_problem").mean()], study.seconds(arm, way)
+        costs += [] if time is None else [1000 * time[0]]
+        for axis, cost in zip(axes, costs, strict=False):
             middle = accuracy.mean()
             axis.errorbar(cost, middle, [[middle - accuracy.min()], [accuracy.max() - middle]], elinewidth=0.8, **style)
-            axis.annotate(way, (cost, middle), xytext=(4, 3), textcoords="offset points", fontsize=6.5,
-                          color=COLOURS[arm])  # fmt: skip
+            axis.annotate(name, (cost, middle), xytext=(right, up), textcoords="offset points", fontsize=8,
+                          color=COLOURS[arm], ha="left" if right > 0 else "right")  # fmt: skip
     for axis, label in zip(axes, ("nodes forwarded per problem", "milliseconds per problem"), strict=True):
         axis.set(xlabel=label, xscale="log")
+        axis.set_xticks([4, 6, 10, 20, 40, 60], [], minor=False)
+        axis.set_xticks([], minor=True)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("{x:g}")
     axes[0].set(ylabel="target accuracy, test graphs")
-    for arm, name in [(arm, name) for arm, name in NAMES.items() if arm != "independent"]:
-        axes[0].plot([], [], "s", color=COLOURS[arm], label=f"trained: {name}")
+    for arm in dict.fromkeys(arm for arm, _ in LABELS):
+        axes[0].plot([], [], "s", color=COLOURS[arm], label=f"trained: {NAMES[arm]}")
     axes[0].plot([], [], "^", color="black", label="an oracle says what is legal")
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=3, fontsize=8

@@ -331,9 +331,9 @@ def time_(
     problems: list[Problem] = evaluation_problems(
         size.options, min(100, size.problems), hops=size.curriculum[-1].hops, seed=seed, split="validation"
     )
-    loaded = {arm: load(folder / arm / "last", device()) for arm in ARMS}
+    loaded = {arm: load(folder / arm / "last", device()) for arm in ARMS if (folder / arm / "last").exists()}
     turns = [(arm, way) for arm, (_, routers) in loaded.items() for way in ways_of(arm, routers, size.options.radix)]
-    seconds: dict[str, dict[str, list[float]]] = {arm: {} for arm in ARMS}
+    seconds: dict[str, dict[str, list[float]]] = {arm: {} for arm in loaded}
     for number in range(size.rounds + 1):
         first = number * len(turns) // size.rounds  # who begins changes, and who comes behind whom does not matter much
         for arm, way in turns[first:] + turns[:first]:
@@ -388,13 +388,20 @@ def run(
 def report(
     work: Work,
     results: Annotated[Path, typer.Option(help="Where JSON, figures and page go.", file_okay=False)] = RESULTS,
+    earlier: Annotated[
+        Path | None, typer.Option(help="An earlier JSON, for methods that WORK lacks.", exists=True, dir_okay=False)
+    ] = None,
 ) -> None:
     """Write the JSON of all runs, draw the figures, and fill in the page's tables."""
     folders = sorted(work.glob("seed-*"), key=lambda folder: int(folder.name.removeprefix("seed-")))
-    needed = [folder / f"{arm}{part}.json" for folder in folders for arm in ARMS for part in ("", "-judged")]
-    absent = [path for path in (*needed, work / "times.json") if not path.exists()]
+    known = {} if earlier is None else _read(earlier)["seeds"]
+    here = [arm for arm in ARMS if any((folder / f"{arm}.json").exists() for folder in folders)]
+    elsewhere = [arm for arm in ARMS if arm not in here and any(arm in seed["arms"] for seed in known.values())]
+    needed = [folder / f"{arm}{part}.json" for folder in folders for arm in here for part in ("", "-judged")]
+    absent = [str(path.relative_to(work)) for path in (*needed, work / "times.json") if not path.exists()]
+    absent += [f"seed-*/{arm}.json" for arm in ARMS if arm not in (*here, *elsewhere)]
     if absent or not folders:
-        what = ", ".join(str(path.relative_to(work)) for path in absent[:3]) or "runs"
+        what = ", ".join(absent[:3]) or "runs"
         raise typer.BadParameter(f"{work} has no {what}; `synthetic.py run` makes what is missing", param_hint="WORK")
     presets = {preset_of(folder) for folder in folders}
     if len(presets) > 1:
@@ -402,8 +409,11 @@ def report(
     preset = presets.pop()
     found: dict[str, dict[str, Any]] = {}
     for folder in folders:
-        arms = {arm: _read(folder / f"{arm}.json") | _read(folder / f"{arm}-judged.json") for arm in ARMS}
-        found[folder.name.removeprefix("seed-")] = {"base": _read(folder / "base.json"), "arms": arms}
+        seed = folder.name.removeprefix("seed-")
+        arms = {arm: _read(folder / f"{arm}.json") | _read(folder / f"{arm}-judged.json") for arm in here}
+        told = known.get(seed, {}).get("arms", {})
+        arms |= {arm: told[arm] | {"from": cast(Path, earlier).name} for arm in elsewhere if arm in told}
+        found[seed] = {"base": _read(folder / "base.json"), "arms": arms}
     seeds = "".join(f" --seed {seed}" for seed in found)
     data = {
         "date": datetime.date.today().isoformat(),
