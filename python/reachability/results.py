@@ -70,32 +70,48 @@ PAPER: Sequence[tuple[str, str, str, Sequence[Source]]] = [
 ]
 
 
+Run = tuple[str, str]  # a method, and how it was decoded
+
+
 class Study:
     """The runs of one size, by seed."""
 
     def __init__(self, path: Path) -> None:
         self.data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        self.seeds: list[dict[str, Any]] = list(self.data["seeds"].values())
+        self.seeds: dict[str, dict[str, Any]] = self.data["seeds"]
 
-    def arm(self, name: str) -> list[dict[str, Any]]:
-        """A method's runs, of every seed that has one."""
-        return [seed["arms"][name] for seed in self.seeds if name in seed["arms"]]
+    def arm(self, name: str) -> dict[str, dict[str, Any]]:
+        """A method's runs by seed, of every seed that has one."""
+        return {seed: told["arms"][name] for seed, told in self.seeds.items() if name in told["arms"]}
 
     def curve(self, arm: str, key: str) -> NDArray[np.float64]:
         """``[seeds, points]`` of what was kept along the way."""
-        return np.array([[point[key] for point in run["curve"]] for run in self.arm(arm)], dtype=np.float64)
+        return np.array([[point[key] for point in run["curve"]] for run in self.arm(arm).values()], dtype=np.float64)
 
     def decoded(self, arm: str, way: str, key: str, kind: str = "last") -> NDArray[np.float64]:
-        """One figure of a way of decoding for each seed, ``[seeds]``."""
-        return np.array([run["decoded"][way][kind][key] for run in self.arm(arm)], dtype=np.float64)
+        """One figure of a way of decoding for each seed that has it, ``[seeds]``."""
+        ways = [run["decoded"] for run in self.arm(arm).values() if way in run["decoded"]]
+        return np.array([told[way][kind][key] for told in ways], dtype=np.float64)
 
     def probe(self, arm: str, name: str) -> NDArray[np.float64]:
         """A probe's accuracy for each seed, ``[seeds]``."""
-        return np.array([run["probes"][name] for run in self.arm(arm)], dtype=np.float64)
+        return np.array([run["probes"][name] for run in self.arm(arm).values()], dtype=np.float64)
 
     def ways(self) -> list[tuple[str, str]]:
         """Methods, and the ways in which they were decoded."""
-        return [(arm, way) for arm in NAMES for way in self.arm(arm)[0]["decoded"]]
+        names = {arm: dict.fromkeys(way for run in self.arm(arm).values() for way in run["decoded"]) for arm in NAMES}
+        return [(arm, way) for arm, ways in names.items() for way in ways]
+
+    def differences(self, first: Run, second: Run) -> NDArray[np.float64]:
+        """Accuracy of one way of decoding above another's, for each seed in which both started from one model."""
+        runs = [self.arm(arm) for arm, _ in (first, second)]
+        seeds = [seed for seed in runs[0] if seed in runs[1] and len({run[seed].get("from") for run in runs}) == 1]
+        told = [
+            [run[seed]["decoded"][way]["last"]["accuracy"] for run, (_, way) in zip(runs, (first, second), strict=True)]
+            for seed in seeds
+            if all(way in run[seed]["decoded"] for run, (_, way) in zip(runs, (first, second), strict=True))
+        ]
+        return np.array([above - below for above, below in told], dtype=np.float64)
 
     def seconds(self, arm: str, way: str) -> tuple[float, float, float] | None:
         """Seconds per problem: the median over rounds, and the quartiles; None for what was not timed."""
@@ -130,14 +146,14 @@ def paper_table(study: Study) -> str:
 
 def ways_table(study: Study) -> str:
     """Every way of decoding: accuracy of the last and of the best checkpoint, and what it costs."""
-    hops = list(study.arm("cot")[0]["decoded"]["greedy"]["last"]["by_hops"])
+    hops = list(next(iter(study.arm("cot").values()))["decoded"]["greedy"]["last"]["by_hops"])
     lines = [
         f"| trained as | decoded | accuracy, last | best | {' | '.join(f'{count} hops' for count in hops)} | legal | "
         "nodes per problem | ms per problem |",
         "|---|---|---|---|" + "---|" * len(hops) + "---|---|---|",
     ]
     for arm, way in study.ways():
-        runs = [run["decoded"][way]["last"]["by_hops"] for run in study.arm(arm)]
+        runs = [run["decoded"][way]["last"]["by_hops"] for run in study.arm(arm).values() if way in run["decoded"]]
         time = study.seconds(arm, way)
         cells = [
             NAMES[arm],
@@ -161,20 +177,13 @@ def router_table(study: Study) -> str:
     ]
     for setting in settings:
         accuracies = [study.decoded(arm, setting, "accuracy") for arm in ("lbr", "independent")]
-        both = [
-            seed["arms"][arm]["decoded"][setting]["last"]["accuracy"]
-            for seed in study.seeds
-            if {"lbr", "independent"} <= set(seed["arms"])
-            for arm in ("lbr", "independent")
-        ]
-        difference = np.array(both[::2]) - np.array(both[1::2])
+        difference = study.differences(("lbr", setting), ("independent", setting))
         routers = [study.curve(arm, f"router accuracy {setting}")[:, -1] for arm in ("lbr", "independent")]
         cells = [setting, *map(spread, accuracies), spread(difference), *map(spread, routers)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-Run = tuple[str, str]  # a method, and how it was decoded
 GREEDY: Run = ("cot", "greedy")
 # What is worth telling apart, and what from.
 PAIRS: Sequence[tuple[Run, Run]] = [
@@ -187,12 +196,13 @@ PAIRS: Sequence[tuple[Run, Run]] = [
 
 
 def pairs_table(study: Study) -> str:
-    """Differences of accuracy, seed by seed, and how many times as many nodes the first takes."""
+    """Differences of accuracy, seed by seed from one start, and how many times as many nodes the first takes."""
     lines = ["| | against | difference | lowest to highest seed | nodes |", "|---|---|--:|--:|--:|"]
     for pair in PAIRS:
-        first, second = (study.decoded(arm, way, "accuracy") for arm, way in pair)
+        each = study.differences(*pair)
+        if not len(each):
+            continue
         nodes = [study.decoded(arm, way, "nodes_per_problem").mean() for arm, way in pair]
-        each = first - second
         names = [f"{NAMES[arm]}, {way}" for arm, way in pair]
         cells = [*names, spread(each), f"{each.min():+.3f} to {each.max():+.3f}", f"{nodes[0] / nodes[1]:.2f} times"]
         lines.append(f"| {' | '.join(cells)} |")

@@ -389,17 +389,29 @@ def report(
     work: Work,
     results: Annotated[Path, typer.Option(help="Where JSON, figures and page go.", file_okay=False)] = RESULTS,
     earlier: Annotated[
-        Path | None, typer.Option(help="An earlier JSON, for methods that WORK lacks.", exists=True, dir_okay=False)
+        Path | None, typer.Option(help="An earlier JSON, for runs that WORK lacks.", exists=True, dir_okay=False)
     ] = None,
 ) -> None:
     """Write the JSON of all runs, draw the figures, and fill in the page's tables."""
     folders = sorted(work.glob("seed-*"), key=lambda folder: int(folder.name.removeprefix("seed-")))
     known = {} if earlier is None else _read(earlier)["seeds"]
-    here = [arm for arm in ARMS if any((folder / f"{arm}.json").exists() for folder in folders)]
-    elsewhere = [arm for arm in ARMS if arm not in here and any(arm in seed["arms"] for seed in known.values())]
-    needed = [folder / f"{arm}{part}.json" for folder in folders for arm in here for part in ("", "-judged")]
-    absent = [str(path.relative_to(work)) for path in (*needed, work / "times.json") if not path.exists()]
-    absent += [f"seed-*/{arm}.json" for arm in ARMS if arm not in (*here, *elsewhere)]
+    absent: list[str] = []
+    found: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        seed, arms = folder.name.removeprefix("seed-"), {}
+        told = known.get(seed, {}).get("arms", {})
+        for arm in ARMS:
+            parts = [folder / f"{arm}{part}.json" for part in ("", "-judged")]
+            if all(path.exists() for path in parts):
+                arms[arm] = _read(parts[0]) | _read(parts[1])
+            elif earlier is not None and arm in told:
+                arms[arm] = {"from": earlier.name} | told[arm]
+            else:
+                absent += [str(path.relative_to(work)) for path in parts if not path.exists()]
+        found[seed] = {"base": _read(folder / "base.json"), "arms": arms}
+    if not (work / "times.json").exists():
+        absent.append("times.json")
+    absent = absent if earlier is None else [name for name in absent if name == "times.json"]
     if absent or not folders:
         what = ", ".join(absent[:3]) or "runs"
         raise typer.BadParameter(f"{work} has no {what}; `synthetic.py run` makes what is missing", param_hint="WORK")
@@ -407,13 +419,6 @@ def report(
     if len(presets) > 1:
         raise typer.BadParameter(f"{work} holds runs of {' and '.join(sorted(presets))}", param_hint="WORK")
     preset = presets.pop()
-    found: dict[str, dict[str, Any]] = {}
-    for folder in folders:
-        seed = folder.name.removeprefix("seed-")
-        arms = {arm: _read(folder / f"{arm}.json") | _read(folder / f"{arm}-judged.json") for arm in here}
-        told = known.get(seed, {}).get("arms", {})
-        arms |= {arm: told[arm] | {"from": cast(Path, earlier).name} for arm in elsewhere if arm in told}
-        found[seed] = {"base": _read(folder / "base.json"), "arms": arms}
     seeds = "".join(f" --seed {seed}" for seed in found)
     data = {
         "date": datetime.date.today().isoformat(),
