@@ -13,11 +13,13 @@ import numpy as np
 import probes
 import pytest
 import results
+import synthetic
 import torch
 from forest import Forest
 from model import DEPTHS, PRESETS, build_model, build_routers
 from muon import Muon
 from packs import make_pack
+from typer.testing import CliRunner
 
 import lbr_kernels
 from lbr_kernels import Router
@@ -462,6 +464,36 @@ def test_smoke(tmp_path: Path):
     assert {"config.json", "model.safetensors", "tokenizer.json", "router-depth1", "router-depth2"} <= shipped
     problem = evaluation_problems(OPTIONS, 2, hops=(1,), seed=0)[0]
     assert not check_answer(problem, [EOS], OPTIONS).correct
+
+
+def test_refusals(tmp_path: Path):
+    """What is missing or mixed up is said by name, and nothing is lost by it."""
+    work, kept = tmp_path / "work", tmp_path / "kept"
+    seed = work / "seed-0"
+    seed.mkdir(parents=True)
+    kept.mkdir()
+    (kept / "thesis.txt").write_text("mine", encoding="utf-8")
+
+    def refused(*arguments: object) -> str:
+        result = CliRunner().invoke(synthetic.app, [str(argument) for argument in arguments])
+        assert result.exit_code == 2, result.output
+        return " ".join(result.output.replace("│", " ").split())
+
+    assert "seed-0/cot.json" in refused("report", work)
+    assert "no base" in refused("train", work, "cot")
+    assert "no base" in refused("judge", work, "cot")
+    (seed / "base.json").write_text('{"preset": "gpu"}', encoding="utf-8")
+    assert "'gpu', not 'smoke'" in refused("run", work, "--preset", "smoke")
+    assert "'gpu', not 'smoke'" in refused("train", work, "cot", "--preset", "smoke")
+    assert "no cot: " in refused("judge", work, "cot")
+    assert "--preset cpu" in refused("demo", work, "--out", tmp_path / "new")
+    assert "is no checkpoint" in refused("demo", work, "--out", kept)
+    assert "--seed" in refused("judge", work, "cot", "--seed", "-1")
+    for text in ("{}", "[", '{"seeds": {}}'):
+        (seed / "other.json").write_text(text, encoding="utf-8")
+        assert "is no JSON of" in refused("figures", seed / "other.json")
+    assert (kept / "thesis.txt").read_text(encoding="utf-8") == "mine"
+    assert {path.name for path in work.rglob("*")} == {"seed-0", "base.json", "other.json"}
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])

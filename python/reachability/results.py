@@ -1,4 +1,4 @@
-"""Figures and tables of the synthetic study, from its JSON alone: the same bytes each time."""
+"""Figures and tables of the synthetic study, from its JSON alone."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The paper's synthetic study (section 4, appendix B), its baselines, and what it leaves out.
 
     python python/reachability/synthetic.py run WORK --preset cpu --seed 0 --seed 1 --seed 2
-    python python/reachability/synthetic.py report WORK
+    python python/reachability/synthetic.py report WORK [--results bench/results]
 
 ``run`` trains and judges whatever WORK does not hold yet, several processes at a time, each on one thread (or on the
 GPU, where there is one). ``report`` draws the figures and writes the table and the JSON that both come from, and
@@ -63,7 +63,7 @@ BaseSize = Annotated[
     typer.Option("--preset", parser=one_of(PRESETS), metavar="|".join(PRESETS), help="Of base: cpu if not given."),
 ]
 Trained = Annotated[str, typer.Argument(parser=one_of(ARMS), metavar="|".join(ARMS))]
-Seeds = Annotated[list[int] | None, typer.Option("--seed", help="May be given several times.")]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", min=0, help="May be given several times.")]
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 SPLITS: tuple[Split, Split] = ("train", "test")  # what probes are fitted on and judged on
 KINDS = ("last", "best")  # checkpoints: the last, and the best on validation graphs
@@ -203,7 +203,7 @@ def pretrain(model: PreTrainedModel, ahead: MultiToken, preset: Preset, seed: in
 def train(
     work: Work,
     arm: Annotated[str, typer.Argument(parser=one_of(["base", *ARMS]), metavar="|".join(["base", *ARMS]))],
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     preset: BaseSize = None,
     judged: Annotated[bool, typer.Option("--judge", help="And judge the method.")] = False,
 ) -> None:
@@ -274,11 +274,13 @@ def ways_of(arm: Arm, routers: dict[int, Router], width: int) -> list[Way]:
 
 
 @app.command()
-def judge(work: Work, arm: Trained, seed: Annotated[int, typer.Option()] = 0) -> None:
+def judge(work: Work, arm: Trained, seed: Annotated[int, typer.Option(min=0)] = 0) -> None:
     """Decode unseen graphs with one method's model in every way, and fit the probes."""
     _prepare()
     folder, began = work / f"seed-{seed}", time.perf_counter()
     size = PRESETS[preset_of(folder)]
+    if not (folder / arm / "best" / "config.json").exists():
+        raise typer.BadParameter(f"{folder} has no {arm}: `synthetic.py train WORK {arm}` makes it", param_hint="WORK")
     problems = evaluation_problems(size.options, size.problems, hops=size.curriculum[-1].hops, seed=seed)
     decoded: dict[str, dict[str, Any]] = {}
     last, best = (folder / arm / kind for kind in KINDS)
@@ -321,7 +323,7 @@ def _probes(arm: Arm, checkpoint: Path, size: Preset, seed: int) -> dict[str, fl
 @app.command(name="time")
 def time_(
     work: Work,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Time all ways of decoding in turns: seconds per problem, on a machine that does nothing else."""
@@ -387,13 +389,16 @@ def run(
 @app.command()
 def report(
     work: Work,
-    results: Annotated[Path, typer.Option(help="Where JSON, figures and page go.", file_okay=False)] = RESULTS,
+    results: Annotated[
+        Path | None, typer.Option(help="Where JSON and figures go: WORK, if not given.", file_okay=False)
+    ] = None,
     earlier: Annotated[
         Path | None, typer.Option(help="An earlier JSON, for runs that WORK lacks.", exists=True, dir_okay=False)
     ] = None,
 ) -> None:
-    """Write the JSON of all runs, draw the figures, and fill in the page's tables."""
-    folders = sorted(work.glob("seed-*"), key=lambda folder: int(folder.name.removeprefix("seed-")))
+    """Write the JSON of all runs, draw the figures, and fill in the tables of a page that is beside them."""
+    found_folders = (path for path in work.glob("seed-*") if path.name.removeprefix("seed-").isdecimal())
+    folders = sorted(found_folders, key=lambda folder: int(folder.name.removeprefix("seed-")))
     known = {} if earlier is None else _read(earlier)["seeds"]
     absent: list[str] = []
     found: dict[str, dict[str, Any]] = {}
@@ -408,14 +413,16 @@ def report(
                 arms[arm] = {"from": earlier.name} | told[arm]
             else:
                 absent += [str(path.relative_to(work)) for path in parts if not path.exists()]
-        found[seed] = {"base": _read(folder / "base.json"), "arms": arms}
+        base = folder / "base.json"
+        absent += [] if base.exists() else [str(base.relative_to(work))]
+        found[seed] = {"base": _read(base) if base.exists() else {}, "arms": arms}
     if not (work / "times.json").exists():
         absent.append("times.json")
-    absent = absent if earlier is None else [name for name in absent if name == "times.json"]
+    absent = absent if earlier is None else [name for name in absent if name.endswith(("base.json", "times.json"))]
     if absent or not folders:
         what = ", ".join(absent[:3]) or "runs"
         raise typer.BadParameter(f"{work} has no {what}; `synthetic.py run` makes what is missing", param_hint="WORK")
-    presets = {preset_of(folder) for folder in folders}
+    presets = {preset_of(folder) for folder in folders if (folder / "base.json").exists()}
     if len(presets) > 1:
         raise typer.BadParameter(f"{work} holds runs of {' and '.join(sorted(presets))}", param_hint="WORK")
     preset = presets.pop()
@@ -428,20 +435,27 @@ def report(
         "times": _read(work / "times.json"),
         "seeds": found,
     }
-    path = results.resolve() / f"{data['date']}-study-{preset}.json"
+    folder = (results or work).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{data['date']}-study-{preset}.json"
     path.write_text(json.dumps(data) + "\n", encoding="utf-8")
+    console.print(str(path), highlight=False, soft_wrap=True)
     figures(path)
 
 
 @app.command()
 def figures(path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, resolve_path=True)]) -> None:
-    """Draw the figures again, and fill in the tables of the pages that show them."""
-    for drawn in draw(path):
-        console.print(drawn.name, highlight=False)
-    beside, readme = path.with_name("study.md"), path.parents[2] / "README.md"
-    for page in (beside, readme) if path.parent == RESULTS else (beside,):
-        if page.exists():
-            write_tables(path, page)
+    """Draw the figures again, and fill in the tables of study.md beside them, and of README.md for the repository's."""
+    try:
+        drawn = draw(path)
+    except (KeyError, IndexError, AttributeError, StopIteration, json.JSONDecodeError) as error:
+        raise typer.BadParameter(f"{path} is no JSON of `synthetic.py report` ({error!r})") from error
+    pages = [path.with_name("study.md"), *([RESULTS.parents[1] / "README.md"] if path.parent == RESULTS else [])]
+    pages = [page for page in pages if page.exists()]
+    for page in pages:
+        write_tables(path, page)
+    for written in (*drawn, *pages):
+        console.print(str(written), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -452,9 +466,13 @@ def demo(
     """Write the checkpoint that the package ships: of all seeds' the best on validation graphs."""
     if out.exists() and not (out / "config.json").exists():
         raise typer.BadParameter(f"{out} is there and is no checkpoint", param_hint="--out")
-    told = {folder: _read(folder / "lbr.json")["curve"] for folder in sorted(work.glob("seed-*"))}
-    if not told or any(PRESETS[preset_of(folder)].options != ReachabilityOptions() for folder in told):
-        raise typer.BadParameter(f"{work} has no runs on the demo's own task, --preset cpu", param_hint="WORK")
+    folders = [path.parent for path in sorted(work.glob("seed-*/base.json"))]
+    whole = [
+        folder for folder in folders if all((folder / part).exists() for part in ("lbr.json", "lbr/best/config.json"))
+    ]
+    if not whole or any(PRESETS[preset_of(folder)].options != ReachabilityOptions() for folder in whole):
+        raise typer.BadParameter(f"{work} has no lbr of --preset cpu, the demo's task", param_hint="WORK")
+    told = {folder: _read(folder / "lbr.json")["curve"] for folder in whole}
     accuracy = {folder: max(point["accuracy"] for point in curve) for folder, curve in told.items()}
     best = max(accuracy, key=lambda folder: accuracy[folder])
     new = out.with_name(f"{out.name}.new")
