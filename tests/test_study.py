@@ -466,6 +466,44 @@ def test_smoke(tmp_path: Path):
     assert not check_answer(problem, [EOS], OPTIONS).correct
 
 
+def test_tables_of_a_study_by_hand(tmp_path: Path):
+    """Means, differences seed by seed, shares of nodes, and what is marked as from elsewhere or left out."""
+
+    def run(nodes: float, **accuracy: float) -> dict[str, object]:
+        told = {"legal": 0.5, "by_hops": {"1": 0.25}, "nodes_per_problem": nodes}
+        ways = {way.replace("_", " "): {kind: told | {"accuracy": value} for kind in ("last", "best")}
+                for way, value in accuracy.items()}  # fmt: skip
+        return {"decoded": ways, "probes": {}, "curve": []}
+
+    seeds = {
+        "0": {"cot": run(6, greedy=0.5), "lbr": run(9, **{"K=3_L=2": 0.75}), "soft": run(6, greedy=0.125)},
+        "1": {"cot": run(6, greedy=0.25), "lbr": run(9, **{"K=3_L=2": 0.375})},
+        "2": {"cot": run(6, greedy=0.75), "lbr": run(9, **{"K=3_L=2": 0.125}) | {"from": "old.json"}},
+    }
+    path = tmp_path / "study.json"
+    times = {"seconds_per_problem": {"cot": {"greedy": [0.002, 0.001, 0.004]}}}
+    path.write_text(json.dumps({"seeds": {s: {"arms": arms} for s, arms in seeds.items()}, "times": times}), "utf-8")
+    study = results.Study(path)
+    assert study.differences(("lbr", "K=3 L=2"), results.GREEDY).tolist() == [0.25, 0.125]
+    assert study.differences(results.GREEDY, ("soft", "greedy")).tolist() == [0.375]
+    headline = results.headline_table(study).splitlines()[2:]
+    assert headline == [
+        "| plain decoding, greedy | 0.500 (0.250 to 0.750) | 6.0 | 2.0 |",
+        r"| **LBR, K=3, L=2**\* | 0.417 (0.125 to 0.750) | 9.0 |  |",
+    ]
+    half = 12.7062 * 0.0625  # Student's t of two seeds; their mean's deviation
+    (pair,) = results.pairs_table(study).splitlines()[2:]
+    names = r"LBR, drawn candidates\*, K=3 L=2 | Discrete CoT, greedy"
+    assert pair == f"| {names} | 0.188 ± {half:.3f} | +0.125 to +0.250 | 1.50 times |"
+    ways = results.ways_table(study).splitlines()[2:]
+    assert ways[0].startswith("| Discrete CoT | greedy | 0.500 ± ")
+    assert ways[0].endswith("| 0.250 | 0.500 | 6.0 | 2.0 (1.5 to 3.0) |")
+    assert ways[1] == "| Soft Thinking | greedy | 0.125 | 0.125 | 0.250 | 0.500 | 6.0 |  |"
+    assert results.paper_table(study).splitlines()[2:] == [
+        f"| 4a | target accuracy, CoT | 0.914 | 0.500 ± {4.30265 * 0.25 / 3**0.5:.3f} |"
+    ]
+
+
 def test_refusals(tmp_path: Path):
     """What is missing or mixed up is said by name, and nothing is lost by it."""
     work, kept = tmp_path / "work", tmp_path / "kept"

@@ -1,4 +1,4 @@
-"""Figures and tables of the synthetic study, from its JSON alone."""
+"""Figures and tables of the synthetic study, from its JSON alone. What that lacks is left out."""
 
 from __future__ import annotations
 
@@ -84,6 +84,10 @@ class Study:
         """A method's runs by seed, of every seed that has one."""
         return {seed: told["arms"][name] for seed, told in self.seeds.items() if name in told["arms"]}
 
+    def star(self, arm: str) -> str:
+        """What a table puts behind a method whose runs are from an earlier JSON."""
+        return r"\*" if any("from" in run for run in self.arm(arm).values()) else ""
+
     def curve(self, arm: str, key: str) -> NDArray[np.float64]:
         """``[seeds, points]`` of what was kept along the way."""
         return np.array([[point[key] for point in run["curve"]] for run in self.arm(arm).values()], dtype=np.float64)
@@ -94,8 +98,9 @@ class Study:
         return np.array([told[way][kind][key] for told in ways], dtype=np.float64)
 
     def probe(self, arm: str, name: str) -> NDArray[np.float64]:
-        """A probe's accuracy for each seed, ``[seeds]``."""
-        return np.array([run["probes"][name] for run in self.arm(arm).values()], dtype=np.float64)
+        """A probe's accuracy for each seed that has it, ``[seeds]``."""
+        runs = self.arm(arm).values()
+        return np.array([run["probes"][name] for run in runs if name in run["probes"]], dtype=np.float64)
 
     def ways(self) -> list[tuple[str, str]]:
         """Methods, and the ways in which they were decoded."""
@@ -136,11 +141,12 @@ def paper_table(study: Study) -> str:
         for kind, name, key in sources:
             if kind == "curve":
                 values = study.curve(name, key)
-                parts.append(f"{spread(values[:, 0])} → {spread(values[:, -1])}")
+                parts += [f"{spread(values[:, 0])} → {spread(values[:, -1])}"] if len(values) else []
             else:
                 values = study.decoded(name, key, "accuracy") if kind == "decoded" else study.probe(name, key)
-                parts.append(spread(values))
-        lines.append(f"| {figure} | {what} | {theirs} | {' / '.join(parts)} |")
+                parts += [spread(values)] if len(values) else []
+        if parts:
+            lines.append(f"| {figure} | {what}{study.star(sources[0][1])} | {theirs} | {' / '.join(parts)} |")
     return "\n".join(lines)
 
 
@@ -156,7 +162,7 @@ def ways_table(study: Study) -> str:
         runs = [run["decoded"][way]["last"]["by_hops"] for run in study.arm(arm).values() if way in run["decoded"]]
         time = study.seconds(arm, way)
         cells = [
-            NAMES[arm],
+            NAMES[arm] + study.star(arm),
             way,
             *(spread(study.decoded(arm, way, "accuracy", kind)) for kind in ("last", "best")),
             *(f"{np.mean([run[count] for run in runs]):.3f}" for count in hops),
@@ -203,7 +209,7 @@ def pairs_table(study: Study) -> str:
         if not len(each):
             continue
         nodes = [study.decoded(arm, way, "nodes_per_problem").mean() for arm, way in pair]
-        names = [f"{NAMES[arm]}, {way}" for arm, way in pair]
+        names = [f"{NAMES[arm]}{study.star(arm)}, {way}" for arm, way in pair]
         cells = [*names, spread(each), f"{each.min():+.3f} to {each.max():+.3f}", f"{nodes[0] / nodes[1]:.2f} times"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -228,9 +234,12 @@ def headline_table(study: Study) -> str:
     lines = ["| decoding | right answers | nodes forwarded per problem | ms per problem |", "|---|--:|--:|--:|"]
     for name, (arm, way) in HEADLINE.items():
         accuracy, nodes = study.decoded(arm, way, "accuracy"), study.decoded(arm, way, "nodes_per_problem")
+        if not len(accuracy):
+            continue
         shown = f"{accuracy.mean():.3f} ({accuracy.min():.3f} to {accuracy.max():.3f})"
         time = study.seconds(arm, way)
-        lines.append(f"| {name} | {shown} | {nodes.mean():.1f} | {'' if time is None else f'{1000 * time[0]:.1f}'} |")
+        cells = [name + study.star(arm), shown, f"{nodes.mean():.1f}", "" if time is None else f"{1000 * time[0]:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -265,7 +274,10 @@ def draw(path: Path) -> list[Path]:
         "axes.titlesize": 10, "legend.frameon": False, "svg.fonttype": "none",
     })  # fmt: skip
     study, files = Study(path), []
-    for name, drawing in (("training", _training), ("probes", _probes), ("cost", _cost)):
+    drawings = {"training": _training, "cost": _cost}
+    if any(run["probes"] for arm in NAMES for run in study.arm(arm).values()):
+        drawings["probes"] = _probes
+    for name, drawing in drawings.items():
         figure = drawing(plt, study)
         figure.tight_layout()
         files.append(path.with_name(f"{path.stem}-{name}.svg"))
@@ -345,7 +357,7 @@ LABELS: dict[Run, tuple[str, tuple[int, int]]] = {
     ("cot", "majority of 3"): ("majority of 3", (6, -8)),
     ("cot", "majority of 9"): ("majority of 9", (6, -8)),
     ("cot", "Multiplex Thinking, K=3"): ("Multiplex, K=3", (6, -3)),
-    ("soft", "soft, oracle"): ("Soft Thinking", (-6, -8)),
+    ("soft", "soft, oracle"): ("Soft Thinking", (6, 4)),
     ("oracle", "oracle"): ("LBR among legal tokens", (6, 4)),
     ("lbr", "K=2 L=1"): ("K=2 L=1", (6, -8)),
     ("lbr", "K=3 L=1"): ("K=3 L=1", (-6, 4)),
@@ -362,6 +374,8 @@ def _cost(plt: Any, study: Study) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
     for (arm, way), (name, (right, up)) in LABELS.items():
         accuracy = study.decoded(arm, way, "accuracy")
+        if not len(accuracy):
+            continue
         marker = "^" if "oracle" in way else "o"
         style = {"color": COLOURS[arm], "marker": marker, "linestyle": "", "markersize": 5}
         costs, time = [study.decoded(arm, way, "nodes_per_problem").mean()], study.seconds(arm, way)
@@ -372,14 +386,16 @@ def _cost(plt: Any, study: Study) -> Any:
             axis.annotate(name, (cost, middle), xytext=(right, up), textcoords="offset points", fontsize=8,
                           color=COLOURS[arm], ha="left" if right > 0 else "right")  # fmt: skip
     for axis, label in zip(axes, ("nodes forwarded per problem", "milliseconds per problem"), strict=True):
-        axis.set(xlabel=label, xscale="log")
-        axis.set_xticks([4, 6, 10, 20, 40, 60], [], minor=False)
+        least, most = axis.dataLim.intervalx
+        axis.set(xlabel=label, xscale="log", xlim=(0.8 * least, 1.4 * most))
+        axis.set_xticks([tick for tick in (3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60) if 0.8 * least < tick < 1.4 * most])
         axis.set_xticks([], minor=True)
         axis.xaxis.set_major_formatter("{x:g}")
     axes[0].set(ylabel="target accuracy, test graphs")
     for arm in dict.fromkeys(arm for arm, _ in LABELS):
         axes[0].plot([], [], "s", color=COLOURS[arm], label=f"trained: {NAMES[arm]}")
     axes[0].plot([], [], "^", color="black", label="an oracle says what is legal")
+    axes[0].plot([], [], "k-", linewidth=0.8, label="lowest to highest seed")
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=3, fontsize=8
     )
