@@ -17,6 +17,7 @@ from test_invariants import seeded, trained_looking_router
 
 from lbr_kernels import generate
 from lbr_kernels.decoding.adapter import ModelAdapter
+from lbr_kernels.evaluation.demo import Demo
 from lbr_kernels.trace import (
     MOST_STEPS,
     NEXT_TOKENS,
@@ -210,6 +211,17 @@ def test_the_file_is_whole_or_as_it_was(llama, tmp_path):
 
 
 # ---- the command
+
+
+@pytest.mark.parametrize(("width", "seed"), [(1, 0), (3, 0)])
+def test_the_problem_to_show_is_one_that_the_tree_alone_gets_right(width, seed):
+    shipped = Demo()
+    problem = shipped.problem_to_show(width=width, depth=1, seed=seed)
+    prompt = shipped.prompts([problem])
+    (greedy,) = shipped.answers(shipped.plain(prompt, do_sample=False))
+    out = shipped.lbr(prompt, width=width, depth=1, generator=seeded(seed))
+    assert not shipped.is_right(problem, greedy)
+    assert shipped.is_right(problem, shipped.answers(out.sequences)[0])
 
 
 @pytest.fixture(scope="module")
