@@ -79,7 +79,8 @@ class Trace:
         max_new_tokens: how many decisions there may be.
 
     Raises:
-        ValueError: the tree or the text is larger than a page shows.
+        ValueError: the tree or the text is larger than a page shows; later, a decision is not the next one of a text
+            with such a tree.
     """
 
     def __init__(
@@ -93,7 +94,8 @@ class Trace:
         max_new_tokens: int,
     ) -> None:
         check_size(width, depth, max_new_tokens)
-        self.model, self.decode, self.prompt, self.width, self.depth = model, decode, list(prompt), width, depth
+        self.model, self.decode, self.prompt = model, decode, list(prompt)
+        self.width, self.depth, self.max_new_tokens = width, depth, max_new_tokens
         self._nodes: list[dict[str, Any]] = []
         self._states: list[Tensor] = []  # of the nodes, [D] each
         self._steps: list[dict[str, Any]] = []
@@ -104,6 +106,7 @@ class Trace:
         choice = int(view.choice[0])
         if choice < 0:
             return
+        self._check(view)
         tokens, cell_of = view.tokens[0].tolist(), view.node_of[0].tolist()
         log_probs, router = view.log_probs[0].tolist(), view.router_log_probs[0].tolist()
         states = view.hidden[0].float().cpu()
@@ -137,6 +140,19 @@ class Trace:
         # The winner, the first to move, joins the text; the others stand behind it in their order.
         self._cells = {cell: self._cells[source] for cell, source in enumerate(moves[1:]) if source in self._cells}
 
+    def _check(self, view: StepView) -> None:
+        """Refuse a decision that this trace was not made for: the page would name it wrongly, or have no end."""
+        width, slots, count = view.router_log_probs.shape[1], view.tokens.shape[1], len(self._steps)
+        expected = num_slots(self.width, self.depth)
+        if width != self.width or slots != expected:
+            raise ValueError(
+                f"trace: the tree has width {width} and {slots} slots, expected width {self.width} and {expected} slots"
+            )
+        if view.step != count:
+            raise ValueError(f"trace: step is {view.step}, expected {count}: a trace holds one text, from its start")
+        if count >= self.max_new_tokens:
+            raise ValueError(f"trace: step is {count}, expected less than max_new_tokens, {self.max_new_tokens}")
+
     def document(
         self, prompt: str, *, facts: Sequence[tuple[str, str]], routed: bool, draws: bool, note: str = ""
     ) -> dict[str, Any]:
@@ -148,7 +164,12 @@ class Trace:
             routed: whether there was a router.
             draws: whether the choice was drawn, not the argmax.
             note: a line about the outcome.
+
+        Raises:
+            ValueError: there was no decision.
         """
+        if not self._steps:
+            raise ValueError("trace: no step is recorded, expected generate(..., on_step=trace) before document()")
         states = torch.stack(self._states)
         centred = states - states.mean(dim=0)
         places, shares = principal_plane(centred)

@@ -175,6 +175,30 @@ def test_sizes_are_bounded(llama):
     assert shown.endswith("xend")
 
 
+@pytest.mark.parametrize(
+    ("width", "depth", "steps", "message"),
+    [
+        (3, 1, 2, "the tree has width 3 and 3 slots, expected width 2 and 6 slots"),
+        (6, 1, 2, "the tree has width 6 and 6 slots, expected width 2 and 6 slots"),
+        (2, 3, 2, "the tree has width 2 and 14 slots, expected width 2 and 6 slots"),
+        (2, 2, 4, "step is 3, expected less than max_new_tokens, 3"),
+    ],
+)
+def test_a_trace_takes_what_it_was_made_for(llama, width, depth, steps, message):
+    recorded = Trace(llama, letters, PROMPT, width=2, depth=2, max_new_tokens=3)
+    with pytest.raises(ValueError, match="no step is recorded"):
+        recorded.document("", facts=[], routed=False, draws=False)
+    with pytest.raises(ValueError, match=message):
+        generate(llama, torch.tensor([PROMPT]), width=width, depth=depth, max_new_tokens=steps, on_step=recorded)
+
+
+def test_a_trace_holds_one_text(llama):
+    recorded = Trace(llama, letters, PROMPT, width=2, depth=1, max_new_tokens=3)
+    generate(llama, torch.tensor([PROMPT]), width=2, depth=1, max_new_tokens=2, on_step=recorded)
+    with pytest.raises(ValueError, match="step is 0, expected 2: a trace holds one text"):
+        generate(llama, torch.tensor([PROMPT]), width=2, depth=1, max_new_tokens=2, on_step=recorded)
+
+
 def embedded(html: str) -> Any:
     """The data of a page."""
     (data,) = re.findall(r'<script type="application/json" id="document">(.*?)</script>', html, flags=re.DOTALL)
