@@ -211,12 +211,13 @@ class Trace:
     def _alike(self, directions: Tensor, slots: list[int | None]) -> list[list[float | None]]:
         """Cosines between the candidates' states."""
         candidates = slots[: self.width]
+        theirs = directions[[node or 0 for node in candidates]]  # where there is no node, any
         return [
             [
-                None if one is None or other is None else round(float(directions[one] @ directions[other]), 3)
-                for other in candidates
+                None if one is None or other is None else round(cosine, 3)
+                for other, cosine in zip(candidates, row, strict=True)
             ]
-            for one in candidates
+            for one, row in zip(candidates, (theirs @ theirs.T).tolist(), strict=True)
         ]
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_cli import run
 from test_invariants import seeded, trained_looking_router
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbr_kernels import generate
 from lbr_kernels.decoding.adapter import ModelAdapter
@@ -122,6 +123,23 @@ def test_evidence_is_what_plain_forwards_say(llama):
         torch.testing.assert_close(torch.tensor(step["alike"]), want, rtol=0, atol=2e-3)
     places = torch.tensor([node["at"] for node in nodes])
     torch.testing.assert_close(places, principal_plane(centred)[0], rtol=0, atol=5e-3)
+
+
+def test_evidence_takes_few_products(llama):
+    """Of a tree's states one product per step, not one for each pair of candidates."""
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func.overloadpacket in (torch.ops.aten.dot, torch.ops.aten.mv, torch.ops.aten.mm)
+            return func(*args, **(kwargs or {}))
+
+    recorded = Trace(llama, letters, PROMPT, width=8, depth=1, max_new_tokens=6)
+    generate(llama, torch.tensor([PROMPT]), width=8, depth=1, max_new_tokens=6, on_step=recorded)
+    with Products() as products:
+        recorded.document("", facts=[], routed=False, draws=False)
+    assert 6 <= products.count < 20
 
 
 def test_children_are_drawn_with_the_probability_that_the_evidence_says(llama):
