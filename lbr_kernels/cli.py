@@ -35,7 +35,7 @@ from lbr_kernels.evaluation.demo import BATCH, DEPTHS, Demo, Measured
 from lbr_kernels.evaluation.digits import CONTINUES
 from lbr_kernels.evaluation.machine import processor
 from lbr_kernels.ops import _extension, _preferences
-from lbr_kernels.trace import Trace, check_size, write_page
+from lbr_kernels.trace import Trace, check_place, check_size, write_page
 
 app = typer.Typer(
     help="Local Branch Routing: decode with a rolling lookahead tree.", no_args_is_help=True, add_completion=False
@@ -279,12 +279,16 @@ def trace(
         raise fail(
             f"--depth is {depth}, expected {' or '.join(map(str, DEPTHS))}: the demo's model has routers for these"
         )
-    if html.is_dir() or not html.absolute().parent.is_dir():
-        raise fail(f"--html is {str(html)!r}, expected a file in a directory that exists")
     try:
         check_size(width, depth, max_new_tokens)
+        check_place(html)
     except ValueError as error:
         raise fail(str(error)) from error
+    except OSError as error:
+        raise fail(
+            f"--html is {str(html)!r}: {error.strerror}; expected a regular file, or none yet, in a directory that can "
+            "be written to"
+        ) from error
     routes: RouterLike | None
     judge: Callable[[LBRGenerateOutput], tuple[str, str]] | None
     if model is None or prompt is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from test_cli import run
 from test_invariants import seeded, trained_looking_router
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lbr_kernels import generate
+from lbr_kernels import cli, generate
 from lbr_kernels.decoding.adapter import ModelAdapter
 from lbr_kernels.evaluation.demo import Demo
 from lbr_kernels.trace import (
@@ -250,6 +251,22 @@ def test_the_file_is_whole_or_as_it_was(llama, tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         write_page(tmp_path / "nowhere" / "trace.html", {})
     assert list(tmp_path.iterdir()) == [path]
+    # A link leads to the page, before and after.
+    link, dangling = tmp_path / "link.html", tmp_path / "dangling.html"
+    link.symlink_to(path)
+    dangling.symlink_to("new.html")
+    for number, name in enumerate((link, dangling)):
+        write_page(name, {"x": number})
+        assert name.is_symlink()
+    assert embedded(path.read_text()) == {"x": 0}
+    assert embedded((tmp_path / "new.html").read_text()) == {"x": 1}
+    assert len(list(tmp_path.iterdir())) == 4
+    # What is no regular file is left as it is.
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="not a regular file"):
+        write_page(pipe, {})
+    assert pipe.is_fifo()
 
 
 # ---- the command
@@ -316,8 +333,10 @@ def test_a_checkpoint(checkpoint, tmp_path):
         (["--depth", "3"], "--depth is 3, expected 1 or 2"),
         (["--width", "9"], "expected at most 64 slots"),
         (["--max-new-tokens", "1000"], "max_new_tokens is 1000, expected at most 256"),
-        (["--html", "CHECKPOINT"], "expected a file in a directory that exists"),
-        (["--html", "CHECKPOINT/no/t.html"], "expected a file in a directory that exists"),
+        (["--html", "CHECKPOINT"], "CHECKPOINT': not a regular file; expected a regular file, or none yet"),
+        (["--html", "/dev/null"], "--html is '/dev/null': not a regular file"),
+        (["--html", "CHECKPOINT/no/t.html"], "in a directory that can be written to"),
+        (["--html", "/proc/t.html"], "--html is '/proc/t.html': "),
         (["--model", "/no/such", "--prompt", "a"], "cannot load '/no/such'"),
         (
             ["--model", "CHECKPOINT", "--prompt", "a", "--depth", "1", "--router", "CHECKPOINT/router"],
@@ -328,9 +347,10 @@ def test_a_checkpoint(checkpoint, tmp_path):
 )
 def test_refuses(checkpoint, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "Demo", None)  # refused before anything is decoded
     result = run("trace", *(part.replace("CHECKPOINT", str(checkpoint)) for part in arguments))
     assert result.exit_code == 1
-    assert message in " ".join(result.output.split())
+    assert message.replace("CHECKPOINT", str(checkpoint)) in " ".join(result.output.split())
     assert result.stdout.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
 
