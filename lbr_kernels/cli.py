@@ -383,7 +383,10 @@ def trace(
         if judge is not None:
             said, right = judge(out)
             note = f"Which of the two targets can be reached? It is {right}; the answer is {said}."
-        write_page(html, recorded.document(subject.prompt, facts=facts, routed=routed, draws=not greedy, note=note))
+        document = recorded.document(
+            subject.prompt, facts=facts, routed=routed, settings=trajectory.settings, note=note
+        )
+        write_page(html, document)
     except (OSError, ValueError, RuntimeError) as error:
         raise fail(str(error)) from error
     size = html.stat().st_size / 1024

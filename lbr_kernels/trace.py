@@ -44,6 +44,7 @@ from transformers import PreTrainedModel
 
 from lbr_kernels.decoding.adapter import ModelAdapter, unwrapped
 from lbr_kernels.decoding.loop import StepView
+from lbr_kernels.decoding.trajectory import DecodingSettings
 from lbr_kernels.ops.tree_shape import num_slots
 
 MOST_SLOTS, MOST_STEPS, NEXT_TOKENS, PROMPT_CHARACTERS = 64, 256, 5, 4000
@@ -155,7 +156,7 @@ class Trace:
             raise ValueError(f"trace: step is {count}, expected less than max_new_tokens, {self.max_new_tokens}")
 
     def document(
-        self, prompt: str, *, facts: Sequence[tuple[str, str]], routed: bool, draws: bool, note: str = ""
+        self, prompt: str, *, facts: Sequence[tuple[str, str]], routed: bool, settings: DecodingSettings, note: str = ""
     ) -> dict[str, Any]:
         """What the page shows (see the module's contract); call it once decoding has ended.
 
@@ -163,7 +164,7 @@ class Trace:
             prompt: the prompt's text.
             facts: names and values, shown as they are.
             routed: whether there was a router.
-            draws: whether the choice was drawn, not the argmax.
+            settings: of the call's trajectory; the page says whether tokens and choices were drawn or the likeliest.
             note: a line about the outcome.
 
         Raises:
@@ -188,7 +189,7 @@ class Trace:
             "prompt_end": [self.decode([token]) for token in self.prompt[-_PROMPT_TOKENS:]],
             "facts": [list(pair) for pair in facts],
             "routed": routed,
-            "draws": draws,
+            "draws": {"tokens": settings.mode == "sampled", "choice": settings.router_do_sample},
             "note": note,
             "shares": [round(share, 4) for share in shares],
             "nodes": nodes,

@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 
 from lbr_kernels import cli, generate
 from lbr_kernels.decoding.adapter import ModelAdapter
+from lbr_kernels.decoding.trajectory import DecodingSettings
 from lbr_kernels.evaluation.demo import Demo
 from lbr_kernels.trace import (
     MOST_STEPS,
@@ -33,6 +34,10 @@ from lbr_kernels.trace import (
 )
 
 PROMPT = [5, 9, 2, 7]
+GREEDY = DecodingSettings(
+    width=2, depth=1, mode="deterministic", filters={}, router_temperature=1.0, router_do_sample=False,
+    eos_token_ids=[], seed=None, model_fingerprint="", router_fingerprint="",
+)  # fmt: skip
 PHASES = ("grow", "route", "prune", "shift")
 HOSTILE = (
     "</script><script>window.hacked=1</script>", "<!--<script>", "<img src=x onerror=window.hacked=1>", "&lt;b&gt;",
@@ -49,15 +54,25 @@ def hostile(ids: list[int]) -> str:
     return "".join(HOSTILE[token % len(HOSTILE)] for token in ids)
 
 
-def traced(model: Any, decode: Any = letters, *, width: int = 3, depth: int = 2, steps: int = 6, **kwargs: Any) -> Any:
+def traced(
+    model: Any,
+    decode: Any = letters,
+    *,
+    prompt: Any = PROMPT,
+    width: int = 3,
+    depth: int = 2,
+    steps: int = 6,
+    **kwargs: Any,
+) -> Any:
     """The document of one decode and ``generate``'s own account of it."""
-    recorded = Trace(model, decode, PROMPT, width=width, depth=depth, max_new_tokens=steps)
+    kwargs = {"do_sample": True, "top_k": 0, **kwargs}
+    recorded = Trace(model, decode, prompt, width=width, depth=depth, max_new_tokens=steps)
     out = generate(
-        model, torch.tensor([PROMPT]), width=width, depth=depth, router=trained_looking_router(model, depth),
-        on_step=recorded, max_new_tokens=steps, generator=seeded(1), return_dict_in_generate=True,
-        **{"do_sample": True, "top_k": 0, **kwargs},
+        model, torch.tensor([prompt]), width=width, depth=depth, router=trained_looking_router(model, depth),
+        on_step=recorded, max_new_tokens=steps, generator=seeded(1), return_dict_in_generate=True, **kwargs,
     )  # fmt: skip
-    return recorded.document(decode(PROMPT), facts=[("model", "tiny")], routed=True, draws=True, note="a note"), out
+    facts, settings = [("model", "tiny")], out.trajectory.settings
+    return recorded.document(decode(prompt), facts=facts, routed=True, settings=settings, note="a note"), out
 
 
 @pytest.mark.parametrize(
@@ -140,7 +155,7 @@ def test_evidence_takes_few_products(llama):
     recorded = Trace(llama, letters, PROMPT, width=8, depth=1, max_new_tokens=6)
     generate(llama, torch.tensor([PROMPT]), width=8, depth=1, max_new_tokens=6, on_step=recorded)
     with Products() as products:
-        recorded.document("", facts=[], routed=False, draws=False)
+        recorded.document("", facts=[], routed=False, settings=GREEDY)
     assert 6 <= products.count < 64  # those of the pairs would be 384
 
 
@@ -190,7 +205,7 @@ def test_sizes_are_bounded(llama):
             Trace(llama, letters, PROMPT, width=width, depth=depth, max_new_tokens=steps)
     recorded = Trace(llama, letters, PROMPT, width=2, depth=1, max_new_tokens=2)
     generate(llama, torch.tensor([PROMPT]), width=2, depth=1, max_new_tokens=2, on_step=recorded)
-    shown = recorded.document("x" * 10_000 + "end", facts=[], routed=False, draws=False)["prompt"]
+    shown = recorded.document("x" * 10_000 + "end", facts=[], routed=False, settings=GREEDY)["prompt"]
     assert len(shown) == PROMPT_CHARACTERS + 2
     assert shown.endswith("xend")
 
@@ -207,7 +222,7 @@ def test_sizes_are_bounded(llama):
 def test_a_trace_takes_what_it_was_made_for(llama, width, depth, steps, message):
     recorded = Trace(llama, letters, PROMPT, width=2, depth=2, max_new_tokens=3)
     with pytest.raises(ValueError, match="no step is recorded"):
-        recorded.document("", facts=[], routed=False, draws=False)
+        recorded.document("", facts=[], routed=False, settings=GREEDY)
     with pytest.raises(ValueError, match=message):
         generate(llama, torch.tensor([PROMPT]), width=width, depth=depth, max_new_tokens=steps, on_step=recorded)
 
@@ -546,6 +561,49 @@ def test_mouse(browser, demo_page):
         assert visit.page.locator("#map circle.here").count() == len(
             {node for node in step["slots"] if node is not None}
         )
+
+
+def told(browser: Any, document: Any, path: Path) -> list[Any]:
+    """Of every step its title, and of its phases the caption and the texts about the tree."""
+    write_page(path, document)
+    with Visit(browser, path) as visit:
+        texts: list[Any] = visit.page.evaluate(
+            "STEPS.map((_, step) => [$('timeline').children[step].title, ...PHASES.map((_, phase) => { go(step, phase);"
+            " return [$('caption').textContent, $('numbers').textContent + $('columns').textContent]; })])"
+        )
+    return texts
+
+
+def test_equal_paths_are_equal_without_a_trie(browser, llama, tmp_path):
+    """Each has a node of its own then; what the page says of them is the same."""
+    with_trie, without = (
+        told(browser, traced(llama, steps=8, temperature=0.05, trie=trie)[0], tmp_path / "t.html")
+        for trie in (True, False)
+    )
+    assert [title for title, *_ in without] == [title for title, *_ in with_trie]
+    assert [grow[0] for _, grow, *_ in without] == [grow[0] for _, grow, *_ in with_trie]
+    assert [route[0].split(" (")[0] for _, _, route, *_ in without] == [
+        route[0].split(" (")[0] for _, _, route, *_ in with_trie
+    ]
+    assert {title.split(": ")[1] for title, *_ in without} == {"all candidates are equal", "the candidates differ"}
+    assert any("of them are different" in grow[0] for _, grow, *_ in without)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_the_page_says_whether_anything_was_drawn(browser, llama, tmp_path, width):
+    for do_sample in (True, False):
+        document, _ = traced(llama, width=width, steps=3, do_sample=do_sample)
+        for title, grow, route, *others in told(browser, document, tmp_path / "t.html"):
+            texts = " ".join(text for pair in (grow, route, *others) for text in pair)
+            assert ("draw" in texts) == do_sample, texts
+            assert "the model draws" in grow[0].lower() if do_sample else "taken, the likeliest" in grow[0]
+            if width == 1:
+                assert title.endswith(": one candidate")
+                assert route[0].startswith("Route. There is one candidate, “")
+                assert " They " not in grow[0]
+            else:
+                assert ("and draws" in route[0]) == do_sample
+                assert ("takes the likeliest" in route[0]) == (not do_sample)
 
 
 @pytest.mark.parametrize("where", ["#step-1-prune", "#step-4-grow", "#step-4-shift"])
