@@ -697,6 +697,19 @@ def test_motion_ends_where_stillness_is(browser, demo_page):
     assert places[0] == places[1]
 
 
+def test_what_leaves_is_pointed_at_in_vain(browser, demo_page):
+    """While a node fades it stands for no slot of the step that is shown."""
+    with Visit(browser, demo_page, reduced_motion="no-preference") as visit:
+        leaving = visit.page.evaluate(
+            "STEPS.slice(1).flatMap((_, i) => { go(i, 2); go(i + 1, 2); const who = $('who').textContent;"
+            " return [...document.querySelectorAll('.node')].filter(one => !KEYS[at.step].includes(one.dataset.key))"
+            " .map(one => { one.dispatchEvent(new MouseEvent('mouseenter'));"
+            " return [getComputedStyle(one).pointerEvents, $('who').textContent === who]; }); })"
+        )
+    assert len(leaving) > 10
+    assert all(one == ["none", True] for one in leaving)
+
+
 @pytest.mark.parametrize(("width", "depth"), [(3, 2), (6, 1), (2, 3)])
 def test_hostile_tokens_are_shown_as_text(browser, llama, tmp_path, width, depth):
     document, _ = traced(llama, hostile, width=width, depth=depth, steps=8)
