@@ -697,6 +697,32 @@ def test_motion_ends_where_stillness_is(browser, demo_page):
     assert places[0] == places[1]
 
 
+@pytest.mark.parametrize("motion", ["reduce", "no-preference"])
+def test_the_focus_is_not_lost(browser, demo_page, motion):
+    """It goes to the chosen node or the next button where the focused node is pruned."""
+    with Visit(browser, demo_page, "#step-1-prune", reduced_motion=motion) as visit:
+
+        def focused() -> str:
+            return visit.page.evaluate("document.activeElement.id || document.activeElement.dataset.key || 'nothing'")
+
+        next(iter(visit.nodes(".cut").values())).focus()
+        visit.press("ArrowRight")
+        assert visit.position() == (0, "shift")
+        assert focused() == "forth"
+        visit.press("Enter")
+        assert visit.position() == (1, "grow")
+        visit.press("ArrowRight")
+        next(iter(visit.nodes(".old").values())).focus()
+        visit.press("ArrowRight")
+        visit.press("ArrowDown")
+        assert visit.position() == (2, "prune")
+        assert focused() == visit.page.locator(".node.chosen").get_attribute("data-key")
+        visit.press("End")
+        assert focused() == "back"
+        visit.press("Home")
+        assert focused() == "forth"
+
+
 def test_what_leaves_is_pointed_at_in_vain(browser, demo_page):
     """While a node fades it stands for no slot of the step that is shown."""
     with Visit(browser, demo_page, reduced_motion="no-preference") as visit:
