@@ -513,16 +513,36 @@ def test_keys(browser, demo_page):
         for number in range(steps):
             for phase in PHASES:
                 expect_phase(visit, number, phase)
-                visit.press("ArrowRight" if number % 2 else " ")
+                visit.press("ArrowRight")
         assert visit.position() == (steps - 1, "shift")
         for key, where in (
-            ("ArrowLeft", (steps - 1, "prune")), ("PageUp", (steps - 2, "prune")), ("ArrowUp", (steps - 3, "prune")),
+            ("ArrowLeft", (steps - 1, "prune")), ("ArrowUp", (steps - 2, "prune")), ("ArrowUp", (steps - 3, "prune")),
             ("ArrowDown", (steps - 2, "prune")), ("Home", (0, "grow")), ("ArrowLeft", (0, "grow")),
-            ("PageDown", (1, "grow")), ("ArrowLeft", (0, "shift")), ("End", (steps - 1, "shift")),
+            ("ArrowDown", (1, "grow")), ("ArrowLeft", (0, "shift")), ("End", (steps - 1, "shift")),
         ):  # fmt: skip
             visit.press(key)
             assert visit.position() == where, key
         expect_phase(visit, *where)
+
+
+def test_keys_scroll(browser, demo_page):
+    """In a small window: the page by the browser's own keys, and a panel with the focus by arrows."""
+    with Visit(browser, demo_page, "#step-4-grow", viewport={"width": 300, "height": 500}) as visit:
+        for key in ("PageDown", " "):
+            visit.page.evaluate("scrollTo(0, 0)")
+            visit.press(key)
+            visit.page.wait_for_function("scrollY > 100")
+        for panel, key, side in (("#text", "ArrowUp", "scrollTop"), ("#scroller", "ArrowRight", "scrollLeft")):
+            visit.page.focus(panel)
+            before = visit.page.evaluate(f"document.querySelector('{panel}').{side}")
+            visit.press(key)
+            visit.page.wait_for_function(f"document.querySelector('{panel}').{side} !== {before}")
+        assert visit.position() == (3, "grow")
+        # A panel that has nothing to scroll leaves the keys to the steps.
+        visit.page.set_viewport_size({"width": 1280, "height": 800})
+        visit.page.focus("#scroller")
+        visit.press("ArrowRight")
+        assert visit.position() == (3, "route")
 
 
 def test_mouse(browser, demo_page):
@@ -651,7 +671,8 @@ def test_tab_reaches_everything(browser, demo_page):
             )
             reached.add(told[0])
             assert told[1] == "solid" or told[0] == "", told
-        assert {"text", "phases", "node", "back", "forth", "timeline"} <= reached
+        panels = {"text", "scroller", "strip", "alike", "evidence"}
+        assert {"phases", "node", "back", "forth", "timeline", *panels} <= reached
         assert all(node.get_attribute("aria-label") for node in visit.nodes().values())
 
 
