@@ -561,7 +561,11 @@ def test_mouse(browser, demo_page):
         # Pointing shows a node's evidence for a moment, choosing it for longer.
         step, nodes = visit.document["steps"][3], visit.document["nodes"]
         other = next(slot for slot in range(3) if slot != step["choice"])
+        # What a node's evidence does not change is not drawn again: a trace may have thousands of states.
+        visit.page.evaluate("kept = ['#map circle', '#alike td'].map(one => document.querySelector(one))")
         visit.nodes()[other].hover()
+        assert visit.page.evaluate("kept.map(one => one.isConnected)") == [True, True]
+        assert visit.page.locator("#map circle:not(.here)").count() == len(nodes)
         assert f"candidate {other + 1} of 3" in visit.text("#who")
         expected = [text for text, _, _ in nodes[step["slots"][other]]["next"]]
         assert visit.page.locator("#next bdi").all_text_contents() == expected
