@@ -183,7 +183,10 @@ def _load(model: str, prompt: str, *, chat: bool, dtype: str, device: str) -> Su
 
 def _public_name(name: str) -> str:
     """A page is passed on: where a directory lies on this machine is nobody else's business."""
-    return Path(name).name if Path(name).is_dir() else name
+    if not Path(name).is_dir():
+        return name
+    # "." has a name of its own, and links keep theirs.
+    return Path(os.path.abspath(name)).name
 
 
 @dataclass(frozen=True)

@@ -352,17 +352,20 @@ def test_a_checkpoint(checkpoint, tmp_path):
         ),
     ],
 )  # fmt: skip
-def test_the_page_says_what_shaped_the_draws(checkpoint, tmp_path, own, arguments, drawn):
+def test_the_page_says_what_shaped_the_draws(checkpoint, tmp_path, monkeypatch, own, arguments, drawn):
     """Also where a model's own settings do, of which the options say nothing."""
     shutil.copytree(checkpoint, tmp_path / "model")
     GenerationConfig(**own).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
     html = tmp_path / "t.html"
     result = run(
-        "trace", "--model", str(tmp_path / "model"), "--prompt", "hello", "--html", str(html), "--max-new-tokens", "1",
+        "trace", "--model", ".", "--prompt", "hello", "--html", str(html), "--max-new-tokens", "1",
         "--depth", "1", *arguments,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert dict(embedded(html.read_text())["facts"])["drawn"] == drawn
+    facts = dict(embedded(html.read_text())["facts"])
+    assert facts["drawn"] == drawn
+    assert facts["model"] == "model"  # a directory has a name, whatever it was called by
 
 
 @pytest.mark.parametrize(
@@ -628,6 +631,21 @@ def test_the_page_says_whether_anything_was_drawn(browser, llama, tmp_path, widt
             else:
                 assert ("and draws" in route[0]) == do_sample
                 assert ("takes the likeliest" in route[0]) == (not do_sample)
+
+
+def test_a_prompt_of_one_token(browser, llama, tmp_path):
+    path = tmp_path / "one.html"
+    write_page(path, traced(llama, prompt=[5], steps=4)[0])
+    with Visit(browser, path, "#step-1-shift") as visit:
+        for expected in (["slot 0: text"], ["slot 0: text", "slot 1: text"], ["slot 0: text"] + ["slot 1: text"]):
+            titles = [cell.get_attribute("title") for cell in visit.page.locator("#now .cell").all()]
+            assert [title for title in titles if title.endswith(": text")][: len(expected)] == expected
+            chosen = visit.page.locator("#now .chosen").bounding_box()
+            left = visit.page.locator("#arrows").bounding_box()["x"]
+            middle = chosen["x"] + chosen["width"] / 2 - left
+            assert visit.page.locator("#arrows path").first.get_attribute("d").startswith(f"M{middle:g} ")
+            assert "0 slots" not in visit.text("#now")
+            visit.press("ArrowDown")
 
 
 @pytest.mark.parametrize("where", ["#step-1-prune", "#step-4-grow", "#step-4-shift"])
