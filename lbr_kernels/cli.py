@@ -224,9 +224,9 @@ def _how_drawn(settings: DecodingSettings, seed: int) -> str:
     if settings.mode == "deterministic":
         return "no, likeliest" + (f" behind {processors}" if processors else "")
     # A temperature of 1 is no filter; among processors there may be one, whose value is not known.
-    shaped = [processors] if processors else [f"temperature {filters.pop('temperature', 1.0):g}"]
-    shaped += [f"{name.replace('_', '-')} {value:g}" for name, value in filters.items()]
-    return ", ".join([f"{'behind' if processors else 'at'} {shaped[0]}", *shaped[1:], f"seed {seed}"])
+    first = f"behind {processors}" if processors else f"at temperature {filters.pop('temperature', 1.0):g}"
+    others = [f"{name.replace('_', '-')} {value:g}" for name, value in filters.items()]
+    return ", ".join([first, *others, f"seed {seed}"])
 
 
 def _decode(
@@ -326,9 +326,9 @@ def trace(
     """Write one decode as an HTML file in which it is stepped through: grow, route, prune, shift.
 
     Tokens, probabilities and what the hidden states say, node by node; the file needs no network and no other file.
-    By default the demo's model decodes an unseen problem, with its own router of depth 1 or 2; a checkpoint's options
-    go with --model. A page holds trees of up to 64 slots and texts of up to 256
-    tokens, and of each node's next tokens the five likeliest.
+    By default the demo's model decodes an unseen problem, with its own router of depth 1 or 2; what is for checkpoints
+    goes with --model. A page holds trees of up to 64 slots and texts of up to 256 tokens, and of each node's next
+    tokens the five likeliest.
     """
     drawing = Drawing(greedy, temperature, top_k, top_p, seed)
     of_checkpoints = {

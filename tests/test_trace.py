@@ -447,6 +447,14 @@ class Visit:
     def press(self, key: str) -> None:
         self.page.keyboard.press(key)
 
+    def until(self, condition: str) -> None:
+        """Wait for a condition; the driver's own way would evaluate a string in the page, which its policy forbids."""
+        for _ in range(200):
+            if self.page.evaluate(condition):
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"not so in time: {condition}")
+
     def position(self) -> tuple[int, str]:
         """Step and phase, as the hash, the timeline and the phases say in one voice."""
         step, phase = re.fullmatch(r"#step-(\d+)-(\w+)", self.page.evaluate("location.hash")).groups()
@@ -534,12 +542,12 @@ def test_keys_scroll(browser, demo_page):
         for key in ("PageDown", " "):
             visit.page.evaluate("scrollTo(0, 0)")
             visit.press(key)
-            visit.page.wait_for_function("scrollY > 100")
+            visit.until("scrollY > 100")
         for panel, key, side in (("#text", "ArrowUp", "scrollTop"), ("#scroller", "ArrowRight", "scrollLeft")):
             visit.page.focus(panel)
             before = visit.page.evaluate(f"document.querySelector('{panel}').{side}")
             visit.press(key)
-            visit.page.wait_for_function(f"document.querySelector('{panel}').{side} !== {before}")
+            visit.until(f"document.querySelector('{panel}').{side} !== {before}")
         assert visit.position() == (3, "grow")
         # A panel that has nothing to scroll leaves the keys to the steps.
         visit.page.set_viewport_size({"width": 1280, "height": 800})
@@ -604,7 +612,7 @@ def told(browser: Any, document: Any, path: Path) -> list[Any]:
 def test_equal_paths_are_equal_without_a_trie(browser, llama, tmp_path):
     """Each has a node of its own then; what the page says of them is the same."""
     with_trie, without = (
-        told(browser, traced(llama, steps=8, temperature=0.05, trie=trie)[0], tmp_path / "t.html")
+        told(browser, traced(llama, steps=5, temperature=0.3, trie=trie)[0], tmp_path / "t.html")
         for trie in (True, False)
     )
     assert [title for title, *_ in without] == [title for title, *_ in with_trie]
@@ -623,11 +631,12 @@ def test_the_page_says_whether_anything_was_drawn(browser, llama, tmp_path, widt
         for title, grow, route, *others in told(browser, document, tmp_path / "t.html"):
             texts = " ".join(text for pair in (grow, route, *others) for text in pair)
             assert ("draw" in texts) == do_sample, texts
-            assert "the model draws" in grow[0].lower() if do_sample else "taken, the likeliest" in grow[0]
+            if not grow[0].startswith("Grow. Nothing is left"):
+                assert ("The model draws" if do_sample else "taken, the likeliest") in grow[0]
             if width == 1:
                 assert title.endswith(": one candidate")
                 assert route[0].startswith("Route. There is one candidate, “")
-                assert " They " not in grow[0]
+                assert (" 1 token " in grow[0]) == (" It is forwarded" in grow[0])
             else:
                 assert ("and draws" in route[0]) == do_sample
                 assert ("takes the likeliest" in route[0]) == (not do_sample)
@@ -637,14 +646,14 @@ def test_a_prompt_of_one_token(browser, llama, tmp_path):
     path = tmp_path / "one.html"
     write_page(path, traced(llama, prompt=[5], steps=4)[0])
     with Visit(browser, path, "#step-1-shift") as visit:
-        for expected in (["slot 0: text"], ["slot 0: text", "slot 1: text"], ["slot 0: text"] + ["slot 1: text"]):
+        for length in (1, 2, 3):
             titles = [cell.get_attribute("title") for cell in visit.page.locator("#now .cell").all()]
-            assert [title for title in titles if title.endswith(": text")][: len(expected)] == expected
+            assert [one for one in titles if one.endswith(": text")] == [f"slot {i}: text" for i in range(length)]
             chosen = visit.page.locator("#now .chosen").bounding_box()
             left = visit.page.locator("#arrows").bounding_box()["x"]
             middle = chosen["x"] + chosen["width"] / 2 - left
             assert visit.page.locator("#arrows path").first.get_attribute("d").startswith(f"M{middle:g} ")
-            assert "0 slots" not in visit.text("#now")
+            assert not visit.text("#now").startswith("0 slots")
             visit.press("ArrowDown")
 
 
@@ -675,10 +684,10 @@ def test_the_hash_is_a_place(browser, demo_page):
     with Visit(browser, demo_page, "#step-3-prune") as visit:
         expect_phase(visit, 2, "prune")
         visit.page.evaluate("location.hash = '#step-2-route'")
-        visit.page.wait_for_function("document.querySelector('#phases [aria-current]').textContent === 'route'")
+        visit.until("document.querySelector('#phases [aria-current]').textContent === 'route'")
         expect_phase(visit, 1, "route")
         visit.page.evaluate("location.hash = '#step-99-nonsense'")
-        visit.page.wait_for_function("location.hash.endsWith('grow')")
+        visit.until("location.hash.endsWith('grow')")
         assert visit.position() == (len(visit.document["steps"]) - 1, "grow")
 
 
@@ -759,7 +768,7 @@ def test_the_focus_is_not_lost(browser, demo_page, motion):
         visit.press("ArrowRight")
         visit.press("ArrowDown")
         assert visit.position() == (2, "prune")
-        assert focused() == visit.page.locator(".node.chosen").get_attribute("data-key")
+        assert focused() == visit.page.locator(".node.chosen:enabled").get_attribute("data-key")
         visit.press("End")
         assert focused() == "back"
         visit.press("Home")
