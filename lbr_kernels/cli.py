@@ -28,14 +28,16 @@ import lbr_kernels
 from lbr_kernels import ops
 from lbr_kernels.decoding.adapter import UnsupportedModelError, require_supported
 from lbr_kernels.decoding.generate import LBRGenerateOutput, generate
+from lbr_kernels.decoding.loop import DecodingStats, StepView
 from lbr_kernels.decoding.routing import RouterLike
+from lbr_kernels.decoding.trajectory import DecodingSettings, TreeTrajectory
 from lbr_kernels.display import Decode, TreeView, comparison, progress
 from lbr_kernels.evaluation import reachability
 from lbr_kernels.evaluation.demo import BATCH, DEPTHS, Demo, Measured
 from lbr_kernels.evaluation.digits import CONTINUES
 from lbr_kernels.evaluation.machine import processor
 from lbr_kernels.ops import _extension, _preferences
-from lbr_kernels.trace import Trace, check_size, write_page
+from lbr_kernels.trace import Trace, check_place, check_size, write_page
 
 app = typer.Typer(
     help="Local Branch Routing: decode with a rolling lookahead tree.", no_args_is_help=True, add_completion=False
@@ -48,10 +50,15 @@ WIDTH = 3  # of the tree that the demo shows
 Prompt = Annotated[str, typer.Option(help="The text to go on from.")]
 RouterName = Annotated[str | None, typer.Option(help="A router's directory or Hub id; uniform by default.")]
 Width = Annotated[int, typer.Option(min=1, help="K, candidates per token.")]
+Depth = Annotated[int, typer.Option(min=1, help="L, layers of the tree.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="At most.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Most likely candidates and choice, nothing drawn.")]
-Temperature = Annotated[float, typer.Option(min=1e-4)]
-TopK = Annotated[int, typer.Option(min=0, help="0: off.")]
-TopP = Annotated[float, typer.Option(min=0, max=1)]
+# None is what is not given, so that --greedy can be refused beside what is.
+Temperature = Annotated[float | None, typer.Option(min=1e-4, show_default="1.0")]
+TopK = Annotated[int | None, typer.Option(min=0, help="0: off.", show_default="0")]
+TopP = Annotated[float | None, typer.Option(min=0, max=1, show_default="1.0")]
+Seed = Annotated[int, typer.Option(help="Seed of all that is drawn, the demo's problems included.")]
+Pause = Annotated[float, typer.Option(min=0, help="Seconds to hold a decision between different tokens.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
@@ -74,8 +81,8 @@ def fail(message: str) -> typer.Exit:
 @app.command()
 def demo(
     problems: Annotated[int, typer.Option(min=2, help="Unseen problems in the table; an even number.")] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of problems and decoding.")] = 0,
-    pause: Annotated[float, typer.Option(min=0, help="Seconds to hold a decision between different tokens.")] = 1.8,
+    seed: Seed = 0,
+    pause: Pause = 1.8,
     depth: Annotated[int, typer.Option(min=1, max=2, help="Depth of the tree that is shown.")] = 2,
 ) -> None:
     """Watch one problem being decoded, then see Local Branch Routing beside plain decoding.
@@ -176,13 +183,72 @@ def _load(model: str, prompt: str, *, chat: bool, dtype: str, device: str) -> Su
 
 def _public_name(name: str) -> str:
     """A page is passed on: where a directory lies on this machine is nobody else's business."""
-    return Path(name).name if Path(name).is_dir() else name
+    if not Path(name).is_dir():
+        return name
+    # "." has a name of its own, and links keep theirs.
+    return Path(os.path.abspath(name)).name
 
 
-def _sampling(max_new_tokens: int, greedy: bool, temperature: float, top_k: int, top_p: float) -> dict[str, Any]:
-    """The options as arguments of ``generate``."""
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": not greedy}
-    return settings if greedy else settings | {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+@dataclass(frozen=True)
+class Drawing:
+    """How tokens and choices come about, as the options say; None where one is not given."""
+
+    greedy: bool
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("temperature", "top_k", "top_p") if getattr(self, name) is not None]
+        if self.greedy and given:
+            option = given[0].replace("_", "-")
+            raise typer.BadParameter(f"--{option} is given with --greedy, which draws nothing; expected one of them")
+
+    def arguments(self) -> dict[str, Any]:
+        """As arguments of ``generate``; a model's own settings do not take the place of what is not given."""
+        if self.greedy:
+            return {"do_sample": False}
+        filters = {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_k": self.top_k or 0,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+        }
+        return {"do_sample": True, **filters}
+
+
+def _how_drawn(settings: DecodingSettings, seed: int) -> str:
+    """What shaped the draws, the model's own settings included, of which the options say nothing."""
+    filters = dict(settings.filters)
+    processors = ", ".join(filters.pop("processors", []))
+    if settings.mode == "deterministic":
+        return "no, likeliest" + (f" behind {processors}" if processors else "")
+    # A temperature of 1 is no filter; among processors there may be one, whose value is not known.
+    first = f"behind {processors}" if processors else f"at temperature {filters.pop('temperature', 1.0):g}"
+    others = [f"{name.replace('_', '-')} {value:g}" for name, value in filters.items()]
+    return ", ".join([first, *others, f"seed {seed}"])
+
+
+def _decode(
+    subject: Subject,
+    drawing: Drawing,
+    max_new_tokens: int,
+    *,
+    width: int,
+    depth: int,
+    router: RouterLike | None,
+    on_step: Callable[[StepView], None],
+) -> tuple[LBRGenerateOutput, DecodingStats, TreeTrajectory]:
+    """Local Branch Routing behind the prompt."""
+    out = generate(
+        subject.model, **subject.inputs, width=width, depth=depth, router=router, on_step=on_step,
+        return_dict_in_generate=True, generator=torch.Generator().manual_seed(drawing.seed),
+        max_new_tokens=max_new_tokens, **drawing.arguments(),
+    )  # fmt: skip
+    assert isinstance(out, LBRGenerateOutput)
+    assert out.stats is not None
+    assert out.trajectory is not None
+    return out, out.stats, out.trajectory
 
 
 def _demo_subject(shipped: Demo, problem: reachability.Problem) -> Subject:
@@ -198,44 +264,41 @@ def generate_command(
     prompt: Prompt,
     router: RouterName = None,
     width: Width = 3,
-    depth: Annotated[int, typer.Option(min=1, help="L, layers of the tree.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    depth: Depth = 1,
+    max_new_tokens: MaxNewTokens = 64,
     greedy: Greedy = False,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    seed: Annotated[int, typer.Option()] = 0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
     chat: Chat = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
-    pause: Annotated[float, typer.Option(min=0, help="Seconds to hold a decision between different tokens.")] = 0.0,
+    pause: Pause = 0.0,
     compare: Annotated[bool, typer.Option(help="Also time plain decoding.")] = True,
 ) -> None:
     """Decode a prompt with any checkpoint, the tree rolling on the terminal; then the cost beside plain decoding."""
+    drawing = Drawing(greedy, temperature, top_k, top_p, seed)
     subject = _load(model, prompt, chat=chat, dtype=dtype, device=device)
-    sampling = _sampling(max_new_tokens, greedy, temperature, top_k, top_p)
     try:
         with TreeView(console, subject.decode, subject.prompt, width=width, depth=depth, pause=pause) as view:
-            out = generate(
-                subject.model, **subject.inputs, width=width, depth=depth, router=router, on_step=view,
-                return_dict_in_generate=True, generator=torch.Generator().manual_seed(seed), **sampling,
-            )  # fmt: skip
+            out, stats, _ = _decode(
+                subject, drawing, max_new_tokens, width=width, depth=depth, router=router, on_step=view
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise fail(str(error)) from error
-    assert isinstance(out, LBRGenerateOutput)
-    assert out.stats is not None
     prompt_length = subject.inputs["input_ids"].shape[1]
     text = subject.read(out.sequences[0, prompt_length:].tolist())
     console.print(Panel(Text(text), title="text", title_align="left"))
     # The phases of decoding alone: drawing the tree is not among them.
     ours = Measured(f"LBR K={width} L={depth}")
-    ours.add(out.stats.committed_tokens, out.stats.forwarded_nodes, sum(out.stats.seconds.values()))
+    ours.add(stats.committed_tokens, stats.forwarded_nodes, sum(stats.seconds.values()))
     rows = [ours]
     if compare:
         torch.manual_seed(seed)
         with console.status("plain decoding"):
             began = time.perf_counter()
-            plain = subject.model.generate(**subject.inputs, **sampling)
+            plain = subject.model.generate(**subject.inputs, max_new_tokens=max_new_tokens, **drawing.arguments())
             count = plain.shape[1] - prompt_length
             rows.insert(0, Measured("plain"))
             rows[0].add(count, count, time.perf_counter() - began)
@@ -247,15 +310,15 @@ def trace(
     html: Annotated[Path, typer.Option(help="The file to write.")] = Path("trace.html"),
     model: Annotated[str | None, typer.Option(help="A transformers causal LM; the demo's by default.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The text to go on from, with --model.")] = None,
-    router: Annotated[str | None, typer.Option(help="A router's directory or Hub id, with --model.")] = None,
+    router: RouterName = None,
     width: Width = WIDTH,
-    depth: Annotated[int, typer.Option(min=1, help="L, layers of the tree; 1 or 2 for the demo's model.")] = 2,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most; the demo's answers are shorter.")] = 24,
+    depth: Depth = 2,
+    max_new_tokens: MaxNewTokens = 24,
     greedy: Greedy = False,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    seed: Annotated[int, typer.Option()] = 0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
     chat: Chat = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -263,9 +326,11 @@ def trace(
     """Write one decode as an HTML file in which it is stepped through: grow, route, prune, shift.
 
     Tokens, probabilities and what the hidden states say, node by node; the file needs no network and no other file.
-    By default the demo's model decodes an unseen problem. A page holds trees of up to 64 slots and texts of up to 256
-    tokens, and of each node's next tokens the five likeliest.
+    By default the demo's model decodes an unseen problem, with its own router of depth 1 or 2; what is for checkpoints
+    goes with --model. A page holds trees of up to 64 slots and texts of up to 256 tokens, and of each node's next
+    tokens the five likeliest.
     """
+    drawing = Drawing(greedy, temperature, top_k, top_p, seed)
     of_checkpoints = {
         "prompt": prompt is not None, "router": router is not None, "chat": chat, "dtype": dtype != "auto",
         "device": device != "cpu",
@@ -279,12 +344,16 @@ def trace(
         raise fail(
             f"--depth is {depth}, expected {' or '.join(map(str, DEPTHS))}: the demo's model has routers for these"
         )
-    if html.is_dir() or not html.absolute().parent.is_dir():
-        raise fail(f"--html is {str(html)!r}, expected a file in a directory that exists")
     try:
         check_size(width, depth, max_new_tokens)
+        check_place(html)
     except ValueError as error:
         raise fail(str(error)) from error
+    except OSError as error:
+        raise fail(
+            f"--html is {str(html)!r}: {error.strerror}; expected a regular file, or none yet, in a directory that can "
+            "be written to"
+        ) from error
     routes: RouterLike | None
     judge: Callable[[LBRGenerateOutput], tuple[str, str]] | None
     if model is None or prompt is None:
@@ -301,35 +370,30 @@ def trace(
         judge = None
     ids = subject.inputs["input_ids"][0].tolist()
     recorded = Trace(subject.model, subject.decode, ids, width=width, depth=depth, max_new_tokens=max_new_tokens)
-    filters = [f"{name} {value:g}" for name, value, off in (("top-k", top_k, 0), ("top-p", top_p, 1)) if value != off]
     try:
         with console.status("decoding"):
-            out = generate(
-                subject.model, **subject.inputs, width=width, depth=depth, router=routes, on_step=recorded,
-                return_dict_in_generate=True, generator=torch.Generator().manual_seed(seed),
-                **_sampling(max_new_tokens, greedy, temperature, top_k, top_p),
-            )  # fmt: skip
-        assert isinstance(out, LBRGenerateOutput)
-        assert out.stats is not None
+            out, stats, trajectory = _decode(
+                subject, drawing, max_new_tokens, width=width, depth=depth, router=routes, on_step=recorded
+            )
         facts = [
             ("model", _public_name(subject.name)),
             ("tree", f"{width} wide, {depth} deep"),
             ("router", route_name),
-            (
-                "drawn",
-                "no, likeliest" if greedy else ", ".join([f"at temperature {temperature:g}", *filters, f"seed {seed}"]),
-            ),
-            ("forwarded", f"{out.stats.nodes_per_token:.1f} nodes per token"),
+            ("drawn", _how_drawn(trajectory.settings, seed)),
+            ("forwarded", f"{stats.nodes_per_token:.1f} nodes per token"),
         ]
         routed, note = routes is not None, ""
         if judge is not None:
             said, right = judge(out)
             note = f"Which of the two targets can be reached? It is {right}; the answer is {said}."
-        write_page(html, recorded.document(subject.prompt, facts=facts, routed=routed, draws=not greedy, note=note))
+        document = recorded.document(
+            subject.prompt, facts=facts, routed=routed, settings=trajectory.settings, note=note
+        )
+        write_page(html, document)
     except (OSError, ValueError, RuntimeError) as error:
         raise fail(str(error)) from error
     size = html.stat().st_size / 1024
-    console.print(Text(f"written: {html} ({size:.0f} KiB, {out.stats.committed_tokens} steps)"), soft_wrap=True)
+    console.print(Text(f"written: {html} ({size:.0f} KiB, {stats.committed_tokens} steps)"), soft_wrap=True)
     console.print("Open it in a browser: arrow keys step through it, point at a node to see what it had to show.")
 
 

@@ -28,6 +28,7 @@ characters of the one before and ``add``.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -43,6 +44,7 @@ from transformers import PreTrainedModel
 
 from lbr_kernels.decoding.adapter import ModelAdapter, unwrapped
 from lbr_kernels.decoding.loop import StepView
+from lbr_kernels.decoding.trajectory import DecodingSettings
 from lbr_kernels.ops.tree_shape import num_slots
 
 MOST_SLOTS, MOST_STEPS, NEXT_TOKENS, PROMPT_CHARACTERS = 64, 256, 5, 4000
@@ -79,7 +81,8 @@ class Trace:
         max_new_tokens: how many decisions there may be.
 
     Raises:
-        ValueError: the tree or the text is larger than a page shows.
+        ValueError: the tree or the text is larger than a page shows; later, a decision is not the next one of a text
+            with such a tree.
     """
 
     def __init__(
@@ -93,7 +96,8 @@ class Trace:
         max_new_tokens: int,
     ) -> None:
         check_size(width, depth, max_new_tokens)
-        self.model, self.decode, self.prompt, self.width, self.depth = model, decode, list(prompt), width, depth
+        self.model, self.decode, self.prompt = model, decode, list(prompt)
+        self.width, self.depth, self.max_new_tokens = width, depth, max_new_tokens
         self._nodes: list[dict[str, Any]] = []
         self._states: list[Tensor] = []  # of the nodes, [D] each
         self._steps: list[dict[str, Any]] = []
@@ -104,6 +108,7 @@ class Trace:
         choice = int(view.choice[0])
         if choice < 0:
             return
+        self._check(view)
         tokens, cell_of = view.tokens[0].tolist(), view.node_of[0].tolist()
         log_probs, router = view.log_probs[0].tolist(), view.router_log_probs[0].tolist()
         states = view.hidden[0].float().cpu()
@@ -137,8 +142,21 @@ class Trace:
         # The winner, the first to move, joins the text; the others stand behind it in their order.
         self._cells = {cell: self._cells[source] for cell, source in enumerate(moves[1:]) if source in self._cells}
 
+    def _check(self, view: StepView) -> None:
+        """Refuse a decision that this trace was not made for: the page would name it wrongly, or have no end."""
+        width, slots, count = view.router_log_probs.shape[1], view.tokens.shape[1], len(self._steps)
+        expected = num_slots(self.width, self.depth)
+        if width != self.width or slots != expected:
+            raise ValueError(
+                f"trace: the tree has width {width} and {slots} slots, expected width {self.width} and {expected} slots"
+            )
+        if view.step != count:
+            raise ValueError(f"trace: step is {view.step}, expected {count}: a trace holds one text, from its start")
+        if count >= self.max_new_tokens:
+            raise ValueError(f"trace: step is {count}, expected less than max_new_tokens, {self.max_new_tokens}")
+
     def document(
-        self, prompt: str, *, facts: Sequence[tuple[str, str]], routed: bool, draws: bool, note: str = ""
+        self, prompt: str, *, facts: Sequence[tuple[str, str]], routed: bool, settings: DecodingSettings, note: str = ""
     ) -> dict[str, Any]:
         """What the page shows (see the module's contract); call it once decoding has ended.
 
@@ -146,9 +164,14 @@ class Trace:
             prompt: the prompt's text.
             facts: names and values, shown as they are.
             routed: whether there was a router.
-            draws: whether the choice was drawn, not the argmax.
+            settings: of the call's trajectory; the page says whether tokens and choices were drawn or the likeliest.
             note: a line about the outcome.
+
+        Raises:
+            ValueError: there was no decision.
         """
+        if not self._steps:
+            raise ValueError("trace: no step is recorded, expected generate(..., on_step=trace) before document()")
         states = torch.stack(self._states)
         centred = states - states.mean(dim=0)
         places, shares = principal_plane(centred)
@@ -166,7 +189,7 @@ class Trace:
             "prompt_end": [self.decode([token]) for token in self.prompt[-_PROMPT_TOKENS:]],
             "facts": [list(pair) for pair in facts],
             "routed": routed,
-            "draws": draws,
+            "draws": {"tokens": settings.mode == "sampled", "choice": settings.router_do_sample},
             "note": note,
             "shares": [round(share, 4) for share in shares],
             "nodes": nodes,
@@ -190,12 +213,13 @@ class Trace:
     def _alike(self, directions: Tensor, slots: list[int | None]) -> list[list[float | None]]:
         """Cosines between the candidates' states."""
         candidates = slots[: self.width]
+        theirs = directions[[node or 0 for node in candidates]]  # where there is no node, any
         return [
             [
-                None if one is None or other is None else round(float(directions[one] @ directions[other]), 3)
-                for other in candidates
+                None if one is None or other is None else round(cosine, 3)
+                for other, cosine in zip(candidates, row, strict=True)
             ]
-            for one in candidates
+            for one, row in zip(candidates, (theirs @ theirs.T).tolist(), strict=True)
         ]
 
 
@@ -229,12 +253,36 @@ def page(document: dict[str, Any]) -> str:
     return TEMPLATE.read_text(encoding="utf-8").replace(_PLACE, data, 1)
 
 
+def check_place(path: Path) -> None:
+    """Raise ``OSError`` where :func:`write_page` could not write to ``path``; nothing is left behind."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    # Whether a folder can be written to is known once it has been: permissions alone do not say.
+    part = _part(_target(path))
+    part.touch()
+    part.unlink()
+
+
 def write_page(path: Path, document: dict[str, Any]) -> None:
-    """Write the page: the file is there as a whole or as it was before. Raises ``OSError`` where it cannot be."""
+    """Write the page: the file is there as a whole or as it was before. A link stays, and what it leads to is written.
+
+    Raises ``OSError`` where the page cannot be written, and where there is something that is no regular file.
+    """
     text = page(document)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    check_place(path)
+    target = _target(path)
+    part = _part(target)
     try:
         part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _target(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _part(target: Path) -> Path:
+    """What becomes the page once it is whole."""
+    return target.with_name(f".{target.name}.{os.getpid()}.part")

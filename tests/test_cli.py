@@ -99,6 +99,14 @@ def test_generate_refuses(checkpoint, arguments, message):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("command", ["generate", "trace"])
+@pytest.mark.parametrize("option", ["--temperature", "--top-k", "--top-p"])
+def test_nothing_is_drawn_greedily(command, option):
+    result = run(command, "--model", "/no/such", "--prompt", "a", "--greedy", option, "1")
+    assert result.exit_code == 2
+    assert f"{option} is given with --greedy" in result.output
+
+
 def test_missing_options_are_named():
     result = run("generate")
     assert result.exit_code == 2

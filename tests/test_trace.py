@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,9 +15,13 @@ import pytest
 import torch
 from test_cli import run
 from test_invariants import seeded, trained_looking_router
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GenerationConfig
 
-from lbr_kernels import generate
+from lbr_kernels import cli, generate
 from lbr_kernels.decoding.adapter import ModelAdapter
+from lbr_kernels.decoding.trajectory import DecodingSettings
+from lbr_kernels.evaluation.demo import Demo
 from lbr_kernels.trace import (
     MOST_STEPS,
     NEXT_TOKENS,
@@ -29,6 +34,10 @@ from lbr_kernels.trace import (
 )
 
 PROMPT = [5, 9, 2, 7]
+GREEDY = DecodingSettings(
+    width=2, depth=1, mode="deterministic", filters={}, router_temperature=1.0, router_do_sample=False,
+    eos_token_ids=[], seed=None, model_fingerprint="", router_fingerprint="",
+)  # fmt: skip
 PHASES = ("grow", "route", "prune", "shift")
 HOSTILE = (
     "</script><script>window.hacked=1</script>", "<!--<script>", "<img src=x onerror=window.hacked=1>", "&lt;b&gt;",
@@ -45,15 +54,25 @@ def hostile(ids: list[int]) -> str:
     return "".join(HOSTILE[token % len(HOSTILE)] for token in ids)
 
 
-def traced(model: Any, decode: Any = letters, *, width: int = 3, depth: int = 2, steps: int = 6, **kwargs: Any) -> Any:
+def traced(
+    model: Any,
+    decode: Any = letters,
+    *,
+    prompt: Any = PROMPT,
+    width: int = 3,
+    depth: int = 2,
+    steps: int = 6,
+    **kwargs: Any,
+) -> Any:
     """The document of one decode and ``generate``'s own account of it."""
-    recorded = Trace(model, decode, PROMPT, width=width, depth=depth, max_new_tokens=steps)
+    kwargs = {"do_sample": True, "top_k": 0, **kwargs}
+    recorded = Trace(model, decode, prompt, width=width, depth=depth, max_new_tokens=steps)
     out = generate(
-        model, torch.tensor([PROMPT]), width=width, depth=depth, router=trained_looking_router(model, depth),
-        on_step=recorded, max_new_tokens=steps, generator=seeded(1), return_dict_in_generate=True,
-        **{"do_sample": True, "top_k": 0, **kwargs},
+        model, torch.tensor([prompt]), width=width, depth=depth, router=trained_looking_router(model, depth),
+        on_step=recorded, max_new_tokens=steps, generator=seeded(1), return_dict_in_generate=True, **kwargs,
     )  # fmt: skip
-    return recorded.document(decode(PROMPT), facts=[("model", "tiny")], routed=True, draws=True, note="a note"), out
+    facts, settings = [("model", "tiny")], out.trajectory.settings
+    return recorded.document(decode(prompt), facts=facts, routed=True, settings=settings, note="a note"), out
 
 
 @pytest.mark.parametrize(
@@ -123,6 +142,23 @@ def test_evidence_is_what_plain_forwards_say(llama):
     torch.testing.assert_close(places, principal_plane(centred)[0], rtol=0, atol=5e-3)
 
 
+def test_evidence_takes_few_products(llama):
+    """Of a tree's states one product per step, not one for each pair of candidates."""
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func.overloadpacket in (torch.ops.aten.dot, torch.ops.aten.mv, torch.ops.aten.mm)
+            return func(*args, **(kwargs or {}))
+
+    recorded = Trace(llama, letters, PROMPT, width=8, depth=1, max_new_tokens=6)
+    generate(llama, torch.tensor([PROMPT]), width=8, depth=1, max_new_tokens=6, on_step=recorded)
+    with Products() as products:
+        recorded.document("", facts=[], routed=False, settings=GREEDY)
+    assert 6 <= products.count < 64  # those of the pairs would be 384
+
+
 def test_children_are_drawn_with_the_probability_that_the_evidence_says(llama):
     document, _ = traced(llama, steps=8)
     nodes, compared = document["nodes"], 0
@@ -169,9 +205,33 @@ def test_sizes_are_bounded(llama):
             Trace(llama, letters, PROMPT, width=width, depth=depth, max_new_tokens=steps)
     recorded = Trace(llama, letters, PROMPT, width=2, depth=1, max_new_tokens=2)
     generate(llama, torch.tensor([PROMPT]), width=2, depth=1, max_new_tokens=2, on_step=recorded)
-    shown = recorded.document("x" * 10_000 + "end", facts=[], routed=False, draws=False)["prompt"]
+    shown = recorded.document("x" * 10_000 + "end", facts=[], routed=False, settings=GREEDY)["prompt"]
     assert len(shown) == PROMPT_CHARACTERS + 2
     assert shown.endswith("xend")
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "steps", "message"),
+    [
+        (3, 1, 2, "the tree has width 3 and 3 slots, expected width 2 and 6 slots"),
+        (6, 1, 2, "the tree has width 6 and 6 slots, expected width 2 and 6 slots"),
+        (2, 3, 2, "the tree has width 2 and 14 slots, expected width 2 and 6 slots"),
+        (2, 2, 4, "step is 3, expected less than max_new_tokens, 3"),
+    ],
+)
+def test_a_trace_takes_what_it_was_made_for(llama, width, depth, steps, message):
+    recorded = Trace(llama, letters, PROMPT, width=2, depth=2, max_new_tokens=3)
+    with pytest.raises(ValueError, match="no step is recorded"):
+        recorded.document("", facts=[], routed=False, settings=GREEDY)
+    with pytest.raises(ValueError, match=message):
+        generate(llama, torch.tensor([PROMPT]), width=width, depth=depth, max_new_tokens=steps, on_step=recorded)
+
+
+def test_a_trace_holds_one_text(llama):
+    recorded = Trace(llama, letters, PROMPT, width=2, depth=1, max_new_tokens=3)
+    generate(llama, torch.tensor([PROMPT]), width=2, depth=1, max_new_tokens=2, on_step=recorded)
+    with pytest.raises(ValueError, match="step is 0, expected 2: a trace holds one text"):
+        generate(llama, torch.tensor([PROMPT]), width=2, depth=1, max_new_tokens=2, on_step=recorded)
 
 
 def embedded(html: str) -> Any:
@@ -207,9 +267,36 @@ def test_the_file_is_whole_or_as_it_was(llama, tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         write_page(tmp_path / "nowhere" / "trace.html", {})
     assert list(tmp_path.iterdir()) == [path]
+    # A link leads to the page, before and after.
+    link, dangling = tmp_path / "link.html", tmp_path / "dangling.html"
+    link.symlink_to(path)
+    dangling.symlink_to("new.html")
+    for number, name in enumerate((link, dangling)):
+        write_page(name, {"x": number})
+        assert name.is_symlink()
+    assert embedded(path.read_text()) == {"x": 0}
+    assert embedded((tmp_path / "new.html").read_text()) == {"x": 1}
+    assert len(list(tmp_path.iterdir())) == 4
+    # What is no regular file is left as it is.
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="not a regular file"):
+        write_page(pipe, {})
+    assert pipe.is_fifo()
 
 
 # ---- the command
+
+
+def test_the_problem_to_show_is_one_that_the_tree_alone_gets_right():
+    """Also at width 1, where nothing is contested."""
+    shipped = Demo()
+    problem = shipped.problem_to_show(width=1, depth=1, seed=0)
+    prompt = shipped.prompts([problem])
+    (greedy,) = shipped.answers(shipped.plain(prompt, do_sample=False))
+    out = shipped.lbr(prompt, width=1, depth=1, generator=seeded(0))
+    assert not shipped.is_right(problem, greedy)
+    assert shipped.is_right(problem, shipped.answers(out.sequences)[0])
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +340,35 @@ def test_a_checkpoint(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("own", "arguments", "drawn"),
+    [
+        ({}, (), "at temperature 1, seed 0"),
+        ({"do_sample": True, "min_p": 0.25}, ("--top-p", "0.9"), "at temperature 1, top-p 0.9, min-p 0.25, seed 0"),
+        ({}, ("--greedy",), "no, likeliest"),
+        ({"repetition_penalty": 1.5}, ("--greedy",), "no, likeliest behind RepetitionPenaltyLogitsProcessor"),
+        (
+            {"repetition_penalty": 1.5}, ("--temperature", "0.5", "--seed", "4"),
+            "behind RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, seed 4",
+        ),
+    ],
+)  # fmt: skip
+def test_the_page_says_what_shaped_the_draws(checkpoint, tmp_path, monkeypatch, own, arguments, drawn):
+    """Also where a model's own settings do, of which the options say nothing."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    GenerationConfig(**own).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    html = tmp_path / "t.html"
+    result = run(
+        "trace", "--model", ".", "--prompt", "hello", "--html", str(html), "--max-new-tokens", "1",
+        "--depth", "1", *arguments,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    facts = dict(embedded(html.read_text())["facts"])
+    assert facts["drawn"] == drawn
+    assert facts["model"] == "model"  # a directory has a name, whatever it was called by
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--prompt", "a"], "--prompt is given without --model"),
@@ -262,8 +378,10 @@ def test_a_checkpoint(checkpoint, tmp_path):
         (["--depth", "3"], "--depth is 3, expected 1 or 2"),
         (["--width", "9"], "expected at most 64 slots"),
         (["--max-new-tokens", "1000"], "max_new_tokens is 1000, expected at most 256"),
-        (["--html", "CHECKPOINT"], "expected a file in a directory that exists"),
-        (["--html", "CHECKPOINT/no/t.html"], "expected a file in a directory that exists"),
+        (["--html", "CHECKPOINT"], "CHECKPOINT': not a regular file; expected a regular file, or none yet"),
+        (["--html", "/dev/null"], "--html is '/dev/null': not a regular file"),
+        (["--html", "CHECKPOINT/no/t.html"], "in a directory that can be written to"),
+        (["--html", "/proc/t.html"], "--html is '/proc/t.html': "),
         (["--model", "/no/such", "--prompt", "a"], "cannot load '/no/such'"),
         (
             ["--model", "CHECKPOINT", "--prompt", "a", "--depth", "1", "--router", "CHECKPOINT/router"],
@@ -274,9 +392,10 @@ def test_a_checkpoint(checkpoint, tmp_path):
 )
 def test_refuses(checkpoint, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "Demo", None)  # refused before anything is decoded
     result = run("trace", *(part.replace("CHECKPOINT", str(checkpoint)) for part in arguments))
     assert result.exit_code == 1
-    assert message in " ".join(result.output.split())
+    assert message.replace("CHECKPOINT", str(checkpoint)) in " ".join(result.output.split())
     assert result.stdout.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
 
@@ -327,6 +446,14 @@ class Visit:
 
     def press(self, key: str) -> None:
         self.page.keyboard.press(key)
+
+    def until(self, condition: str) -> None:
+        """Wait for a condition; the driver's own way would evaluate a string in the page, which its policy forbids."""
+        for _ in range(200):
+            if self.page.evaluate(condition):
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"not so in time: {condition}")
 
     def position(self) -> tuple[int, str]:
         """Step and phase, as the hash, the timeline and the phases say in one voice."""
@@ -397,16 +524,36 @@ def test_keys(browser, demo_page):
         for number in range(steps):
             for phase in PHASES:
                 expect_phase(visit, number, phase)
-                visit.press("ArrowRight" if number % 2 else " ")
+                visit.press("ArrowRight")
         assert visit.position() == (steps - 1, "shift")
         for key, where in (
-            ("ArrowLeft", (steps - 1, "prune")), ("PageUp", (steps - 2, "prune")), ("ArrowUp", (steps - 3, "prune")),
+            ("ArrowLeft", (steps - 1, "prune")), ("ArrowUp", (steps - 2, "prune")), ("ArrowUp", (steps - 3, "prune")),
             ("ArrowDown", (steps - 2, "prune")), ("Home", (0, "grow")), ("ArrowLeft", (0, "grow")),
-            ("PageDown", (1, "grow")), ("ArrowLeft", (0, "shift")), ("End", (steps - 1, "shift")),
+            ("ArrowDown", (1, "grow")), ("ArrowLeft", (0, "shift")), ("End", (steps - 1, "shift")),
         ):  # fmt: skip
             visit.press(key)
             assert visit.position() == where, key
         expect_phase(visit, *where)
+
+
+def test_keys_scroll(browser, demo_page):
+    """In a small window: the page by the browser's own keys, and a panel with the focus by arrows."""
+    with Visit(browser, demo_page, "#step-4-grow", viewport={"width": 300, "height": 500}) as visit:
+        for key in ("PageDown", " "):
+            visit.page.evaluate("scrollTo(0, 0)")
+            visit.press(key)
+            visit.until("scrollY > 100")
+        for panel, key, side in (("#text", "ArrowUp", "scrollTop"), ("#scroller", "ArrowRight", "scrollLeft")):
+            visit.page.focus(panel)
+            before = visit.page.evaluate(f"document.querySelector('{panel}').{side}")
+            visit.press(key)
+            visit.until(f"document.querySelector('{panel}').{side} !== {before}")
+        assert visit.position() == (3, "grow")
+        # A panel that has nothing to scroll leaves the keys to the steps.
+        visit.page.set_viewport_size({"width": 1280, "height": 800})
+        visit.page.focus("#scroller")
+        visit.press("ArrowRight")
+        assert visit.position() == (3, "route")
 
 
 def test_mouse(browser, demo_page):
@@ -425,7 +572,11 @@ def test_mouse(browser, demo_page):
         # Pointing shows a node's evidence for a moment, choosing it for longer.
         step, nodes = visit.document["steps"][3], visit.document["nodes"]
         other = next(slot for slot in range(3) if slot != step["choice"])
+        # What a node's evidence does not change is not drawn again: a trace may have thousands of states.
+        visit.page.evaluate("kept = ['#map circle', '#alike td'].map(one => document.querySelector(one))")
         visit.nodes()[other].hover()
+        assert visit.page.evaluate("kept.map(one => one.isConnected)") == [True, True]
+        assert visit.page.locator("#map circle:not(.here)").count() == len(nodes)
         assert f"candidate {other + 1} of 3" in visit.text("#who")
         expected = [text for text, _, _ in nodes[step["slots"][other]]["next"]]
         assert visit.page.locator("#next bdi").all_text_contents() == expected
@@ -445,6 +596,65 @@ def test_mouse(browser, demo_page):
         assert visit.page.locator("#map circle.here").count() == len(
             {node for node in step["slots"] if node is not None}
         )
+
+
+def told(browser: Any, document: Any, path: Path) -> list[Any]:
+    """Of every step its title, and of its phases the caption and the texts about the tree."""
+    write_page(path, document)
+    with Visit(browser, path) as visit:
+        texts: list[Any] = visit.page.evaluate(
+            "STEPS.map((_, step) => [$('timeline').children[step].title, ...PHASES.map((_, phase) => { go(step, phase);"
+            " return [$('caption').textContent, $('numbers').textContent + $('columns').textContent]; })])"
+        )
+    return texts
+
+
+def test_equal_paths_are_equal_without_a_trie(browser, llama, tmp_path):
+    """Each has a node of its own then; what the page says of them is the same."""
+    with_trie, without = (
+        told(browser, traced(llama, steps=5, temperature=0.3, trie=trie)[0], tmp_path / "t.html")
+        for trie in (True, False)
+    )
+    assert [title for title, *_ in without] == [title for title, *_ in with_trie]
+    assert [grow[0] for _, grow, *_ in without] == [grow[0] for _, grow, *_ in with_trie]
+    assert [route[0].split(" (")[0] for _, _, route, *_ in without] == [
+        route[0].split(" (")[0] for _, _, route, *_ in with_trie
+    ]
+    assert {title.split(": ")[1] for title, *_ in without} == {"all candidates are equal", "the candidates differ"}
+    assert any("of them are different" in grow[0] for _, grow, *_ in without)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_the_page_says_whether_anything_was_drawn(browser, llama, tmp_path, width):
+    for do_sample in (True, False):
+        document, _ = traced(llama, width=width, steps=3, do_sample=do_sample)
+        for title, grow, route, *others in told(browser, document, tmp_path / "t.html"):
+            texts = " ".join(text for pair in (grow, route, *others) for text in pair)
+            assert ("draw" in texts) == do_sample, texts
+            if not grow[0].startswith("Grow. Nothing is left"):
+                assert ("The model draws" if do_sample else "taken, the likeliest") in grow[0]
+            if width == 1:
+                assert title.endswith(": one candidate")
+                assert route[0].startswith("Route. There is one candidate, “")
+                assert (" 1 token " in grow[0]) == (" It is forwarded" in grow[0])
+            else:
+                assert ("and draws" in route[0]) == do_sample
+                assert ("takes the likeliest" in route[0]) == (not do_sample)
+
+
+def test_a_prompt_of_one_token(browser, llama, tmp_path):
+    path = tmp_path / "one.html"
+    write_page(path, traced(llama, prompt=[5], steps=4)[0])
+    with Visit(browser, path, "#step-1-shift") as visit:
+        for length in (1, 2, 3):
+            titles = [cell.get_attribute("title") for cell in visit.page.locator("#now .cell").all()]
+            assert [one for one in titles if one.endswith(": text")] == [f"slot {i}: text" for i in range(length)]
+            chosen = visit.page.locator("#now .chosen").bounding_box()
+            left = visit.page.locator("#arrows").bounding_box()["x"]
+            middle = chosen["x"] + chosen["width"] / 2 - left
+            assert visit.page.locator("#arrows path").first.get_attribute("d").startswith(f"M{middle:g} ")
+            assert not visit.text("#now").startswith("0 slots")
+            visit.press("ArrowDown")
 
 
 @pytest.mark.parametrize("where", ["#step-1-prune", "#step-4-grow", "#step-4-shift"])
@@ -474,10 +684,10 @@ def test_the_hash_is_a_place(browser, demo_page):
     with Visit(browser, demo_page, "#step-3-prune") as visit:
         expect_phase(visit, 2, "prune")
         visit.page.evaluate("location.hash = '#step-2-route'")
-        visit.page.wait_for_function("document.querySelector('#phases [aria-current]').textContent === 'route'")
+        visit.until("document.querySelector('#phases [aria-current]').textContent === 'route'")
         expect_phase(visit, 1, "route")
         visit.page.evaluate("location.hash = '#step-99-nonsense'")
-        visit.page.wait_for_function("location.hash.endsWith('grow')")
+        visit.until("location.hash.endsWith('grow')")
         assert visit.position() == (len(visit.document["steps"]) - 1, "grow")
 
 
@@ -492,7 +702,8 @@ def test_tab_reaches_everything(browser, demo_page):
             )
             reached.add(told[0])
             assert told[1] == "solid" or told[0] == "", told
-        assert {"text", "phases", "node", "back", "forth", "timeline"} <= reached
+        panels = {"text", "scroller", "strip", "alike", "evidence"}
+        assert {"phases", "node", "back", "forth", "timeline", *panels} <= reached
         assert all(node.get_attribute("aria-label") for node in visit.nodes().values())
 
 
@@ -536,6 +747,45 @@ def test_motion_ends_where_stillness_is(browser, demo_page):
             styles = [node.evaluate("n => [n.style.transform, n.style.opacity]") for node in seen]
             places.append(dict(zip([node.get_attribute("data-key") for node in seen], styles, strict=True)))
     assert places[0] == places[1]
+
+
+@pytest.mark.parametrize("motion", ["reduce", "no-preference"])
+def test_the_focus_is_not_lost(browser, demo_page, motion):
+    """It goes to the chosen node or the next button where the focused node is pruned."""
+    with Visit(browser, demo_page, "#step-1-prune", reduced_motion=motion) as visit:
+
+        def focused() -> str:
+            return visit.page.evaluate("document.activeElement.id || document.activeElement.dataset.key || 'nothing'")
+
+        next(iter(visit.nodes(".cut").values())).focus()
+        visit.press("ArrowRight")
+        assert visit.position() == (0, "shift")
+        assert focused() == "forth"
+        visit.press("Enter")
+        assert visit.position() == (1, "grow")
+        visit.press("ArrowRight")
+        next(iter(visit.nodes(".old").values())).focus()
+        visit.press("ArrowRight")
+        visit.press("ArrowDown")
+        assert visit.position() == (2, "prune")
+        assert focused() == visit.page.locator(".node.chosen:enabled").get_attribute("data-key")
+        visit.press("End")
+        assert focused() == "back"
+        visit.press("Home")
+        assert focused() == "forth"
+
+
+def test_what_leaves_is_pointed_at_in_vain(browser, demo_page):
+    """While a node fades it stands for no slot of the step that is shown."""
+    with Visit(browser, demo_page, reduced_motion="no-preference") as visit:
+        leaving = visit.page.evaluate(
+            "STEPS.slice(1).flatMap((_, i) => { go(i, 2); go(i + 1, 2); const who = $('who').textContent;"
+            " return [...document.querySelectorAll('.node')].filter(one => !KEYS[at.step].includes(one.dataset.key))"
+            " .map(one => { one.dispatchEvent(new MouseEvent('mouseenter'));"
+            " return [getComputedStyle(one).pointerEvents, $('who').textContent === who]; }); })"
+        )
+    assert len(leaving) > 10
+    assert all(one == ["none", True] for one in leaving)
 
 
 @pytest.mark.parametrize(("width", "depth"), [(3, 2), (6, 1), (2, 3)])

@@ -108,13 +108,14 @@ class Demo:
             out = self.lbr(
                 prompts, width=width, depth=depth, generator=generator, streams=[0] * len(unseen), on_step=steps.append
             )
-            contested = sum((step.choice >= 0) & differing_candidates(step, width) for step in steps)
-            told = [
+            contested = torch.stack([(step.choice >= 0) & differing_candidates(step, width) for step in steps]).sum(0)
+            told = torch.tensor([
                 not self.is_right(problem, one) and self.is_right(problem, other)
                 for problem, one, other in zip(unseen, greedy, self.answers(out.sequences), strict=True)
-            ]
-            if any(told):
-                return unseen[int((contested * torch.tensor(told)).argmax())]
+            ])  # fmt: skip
+            if bool(told.any()):
+                # Nothing may be contested, as at width 1: what is not to be shown stands below that.
+                return unseen[int(torch.where(told, contested, -1).argmax())]
 
     def is_right(self, problem: Problem, answer: list[int]) -> bool:
         """Whether the answer has ended, is a path of the graph and leads to the reachable target."""
