@@ -533,6 +533,13 @@ REFUSED = [
     (soft_thinking, {"cold_stop_steps": 0}, ValueError, "cold_stop_steps is 0, expected an integer >= 1"),
     (soft_thinking, {"cold_stop_entropy": -1.0}, ValueError, r"cold_stop_entropy is -1\.0, expected a finite number"),
     (soft_thinking, {"cold_stop_entropy": math.nan}, ValueError, "cold_stop_entropy is nan, expected a finite number"),
+    (soft_thinking, {"num_return_sequences": 2}, ValueError, "num_return_sequences is 2, expected 1 where do_sample"),
+    (
+        soft_thinking,
+        {"do_sample": False, "generation_config": GenerationConfig(num_return_sequences=3, do_sample=True)},
+        ValueError,
+        "num_return_sequences is 3, expected 1 where do_sample is not True",
+    ),
     (soft_thinking, {"width": 3}, TypeError, "unknown argument 'width'"),
 ]
 
