@@ -246,7 +246,7 @@ def check() -> None:
     now = measure()
     console.print(table(now))
     console.print(", ".join(f"{name}: {took:.0f} s" for name, took in now["seconds"].items()), highlight=False)
-    lines = worse(now, json.loads(KEPT.read_text()))
+    lines = worse(now, json.loads(KEPT.read_text(encoding="utf-8")))
     for line in lines:
         console.print(line, style="red", highlight=False)
     raise typer.Exit(bool(lines))
@@ -257,8 +257,8 @@ def update(to: Annotated[Path, typer.Option(help="Where the result is kept.")] =
     """Compile everything and keep the result."""
     now = measure()
     console.print(table(now))
-    to.write_text(json.dumps(now, indent=1) + "\n")
-    to.with_suffix(".md").write_text(page(now))
+    to.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    to.with_suffix(".md").write_text(page(now), encoding="utf-8")
 
 
 if __name__ == "__main__":

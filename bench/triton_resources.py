@@ -154,7 +154,7 @@ def assembler_report(ptx: str, arch: int) -> tuple[int, int]:
     assert target is not None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
+        path.write_text(ptx, encoding="utf-8")
         command = [get_ptxas(arch).path, "-v", f"--gpu-name={target[1]}", str(path), "-o", str(path.with_suffix(".o"))]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     (registers,) = re.findall(r"Used (\d+) registers", said)

@@ -8,7 +8,7 @@ import json
 import gpu_resources
 import pytest
 
-KEPT = json.loads(gpu_resources.KEPT.read_text())
+KEPT = json.loads(gpu_resources.KEPT.read_text(encoding="utf-8"))
 
 
 def test_what_is_kept_is_no_worse_than_itself():
@@ -18,7 +18,7 @@ def test_what_is_kept_is_no_worse_than_itself():
 
 
 def test_the_page_is_what_the_numbers_say():
-    assert gpu_resources.KEPT.with_suffix(".md").read_text() == gpu_resources.page(KEPT)
+    assert gpu_resources.KEPT.with_suffix(".md").read_text(encoding="utf-8") == gpu_resources.page(KEPT)
 
 
 @pytest.mark.parametrize(
