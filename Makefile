@@ -56,6 +56,7 @@ test-sanitize: $(VENV)/.test  ## The kernels' tests under AddressSanitizer and U
 		-k "cpu-avx and not compiles and not any_shape and not long"
 	$(SANITIZED) $(BIN)/pytest -q -n $(JOBS) --capture=sys $(CUDA_TESTS) -k "(simt or cuda) and not triton" --simt-seed=1
 
+test-full: GPU_CHECK = --full
 test-full: test test-sanitize gpu-check  ## All of it: other schedules of the CUDA kernels too; 80 minutes at most.
 	set -e; for seed in 2 3 4 5 6 7 8 9; do \
 		OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) $(CUDA_TESTS) tests/test_barriers.py tests/test_sample_children_barriers.py tests/test_route_barriers.py -k "(simt or cuda or barriers) and not triton" --simt-seed=$$seed; done
@@ -64,7 +65,7 @@ test-full: test test-sanitize gpu-check  ## All of it: other schedules of the CU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) -m "full or hypothesis" --full
 
 gpu-check: $(VENV)/.test  ## Compile the GPU kernels for sm_80, 90, 100: registers, spills, occupancy; fails if one is worse.
-	$(BIN)/python bench/gpu_resources.py check
+	$(BIN)/python bench/gpu_resources.py check $(GPU_CHECK)
 
 gpu-resources: $(VENV)/.test  ## Keep what gpu-check finds, to compare with from now on.
 	$(BIN)/python bench/gpu_resources.py update

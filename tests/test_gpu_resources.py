@@ -49,6 +49,20 @@ def test_other_compilers_may_take_other_registers():
     assert gpu_resources.worse(now, KEPT) == []
 
 
+def test_the_gate_compiles_every_kernel_and_every_kind_for_every_architecture():
+    part = gpu_resources.in_gate(KEPT)
+    assert {r["kernel"] for r in part["kernels"]} == {r["kernel"] for r in KEPT["kernels"]}
+    triton = [r for r in part["kernels"] if r["kernel"].startswith("triton")]
+    assert len(triton) == len({r["kernel"] for r in triton})
+    kinds = {(r["kernel"].split()[1], r["arch"]) for r in triton}
+    assert len(kinds) == 3 * len({kind for kind, _ in kinds})
+    assert [r for r in KEPT["kernels"] if r["kernel"].startswith("cuda")] == [
+        r for r in part["kernels"] if r["kernel"].startswith("cuda")
+    ]
+    assert gpu_resources.worse(part, part) == []
+    gpu_resources.table(part)
+
+
 def test_kernels_come_and_go():
     now = copy.deepcopy(KEPT)
     gone = now["kernels"].pop()
