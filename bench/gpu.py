@@ -248,7 +248,7 @@ def stem_of(data: dict[str, Any]) -> str:
 def write_json(data: dict[str, Any], directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{stem_of(data)}.json"
-    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
 
@@ -282,7 +282,7 @@ def _finish(data: dict[str, Any], directory: Path, write: Callable[[Path], str],
     """Write JSON, table and plot, show the table, and end with 1 if anything was found wrong."""
     path = write_json(data, directory)
     text = write(path)
-    path.with_suffix(".md").write_text(text)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
     say(text)
     if directory.resolve() == RESULTS.resolve():
         write_page()
@@ -383,7 +383,7 @@ def page_text() -> str:
 
 def write_page() -> Path:
     page = RESULTS / PAGE
-    page.write_text(page_text())
+    page.write_text(page_text(), encoding="utf-8")
     return page
 
 

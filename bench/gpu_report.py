@@ -53,7 +53,7 @@ class Run:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        return cls(json.loads(path.read_text()), path.stem)
+        return cls(json.loads(path.read_text(encoding="utf-8")), path.stem)
 
     @classmethod
     def kept(cls, directory: Path) -> list[Self]:

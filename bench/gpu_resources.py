@@ -1,7 +1,8 @@
 """What the GPU kernels need, CUDA C++ and Triton: registers, spills, shared memory, blocks per multiprocessor.
 
-    bench/gpu_resources.py check       compile all, compare with bench/results/gpu-resources.json; needs nvcc, no GPU
-    bench/gpu_resources.py update      compile all, keep the result
+    bench/gpu_resources.py check         compile, compare with bench/results/gpu-resources.json; needs nvcc, no GPU
+    bench/gpu_resources.py check --full  Triton's kernels for every architecture, not each for one of them in turn
+    bench/gpu_resources.py update        compile all, keep the result
 
 Contract
 --------
@@ -143,15 +144,15 @@ def cuda_resources(architectures: list[int]) -> tuple[list[Record], dict[str, fl
     return sorted(records, key=lambda r: (ARCHITECTURES_ORDER[r["arch"]], r["kernel"])), seconds
 
 
-def measure() -> dict[str, Any]:
-    """Everything, with the compilers' versions."""
+def measure(*, full: bool) -> dict[str, Any]:
+    """Everything, with the compilers' versions; without ``full`` each Triton kernel for one architecture only."""
     import triton
-    from triton_resources import resources
+    from triton_resources import in_turn, resources, resources_of
 
     architectures = list(ARCHITECTURES)
     cuda, seconds = cuda_resources(architectures)
     start = time.perf_counter()
-    compiled = resources(architectures=architectures)
+    compiled = resources(architectures=architectures) if full else resources_of(in_turn())
     seconds["triton"] = time.perf_counter() - start
     kernels = [
         *cuda,
@@ -205,7 +206,7 @@ def table(data: dict[str, Any]) -> Table:
         made.add_column(column)
     for kernel in dict.fromkeys(r["kernel"] for r in data["kernels"]):
         cells = {r["arch"]: r for r in data["kernels"] if r["kernel"] == kernel}
-        made.add_row(kernel, *(_cell(cells[arch]) for arch in architectures))
+        made.add_row(kernel, *(_cell(cells[arch]) if arch in cells else "" for arch in architectures))
     return made
 
 
@@ -237,16 +238,30 @@ def page(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def in_gate(kept: dict[str, Any]) -> dict[str, Any]:
+    """Of what is kept that which ``check`` compiles without ``--full``; all of a kernel that there is no more."""
+    from triton_resources import KERNELS as TRITON_KERNELS
+    from triton_resources import in_turn
+
+    wanted = {(f"triton {name}", f"sm_{arch}") for name, arch in in_turn()}
+    known = {f"triton {name}" for name in TRITON_KERNELS}
+    kernels = [r for r in kept["kernels"] if r["kernel"] not in known or (r["kernel"], r["arch"]) in wanted]
+    return {**kept, "kernels": kernels}
+
+
 @app.command()
-def check() -> None:
-    """Compile everything and fail where a kernel has become worse."""
+def check(
+    full: Annotated[bool, typer.Option("--full", help="Every Triton kernel for every architecture.")] = False,
+) -> None:
+    """Compile and fail where a kernel has become worse."""
     if shutil.which("nvcc") is None:
         console.print("nvcc is not installed: the GPU kernels were not compiled")
         return
-    now = measure()
+    now = measure(full=full)
     console.print(table(now))
     console.print(", ".join(f"{name}: {took:.0f} s" for name, took in now["seconds"].items()), highlight=False)
-    lines = worse(now, json.loads(KEPT.read_text()))
+    kept = json.loads(KEPT.read_text(encoding="utf-8"))
+    lines = worse(now, kept if full else in_gate(kept))
     for line in lines:
         console.print(line, style="red", highlight=False)
     raise typer.Exit(bool(lines))
@@ -255,10 +270,10 @@ def check() -> None:
 @app.command()
 def update(to: Annotated[Path, typer.Option(help="Where the result is kept.")] = KEPT) -> None:
     """Compile everything and keep the result."""
-    now = measure()
+    now = measure(full=True)
     console.print(table(now))
-    to.write_text(json.dumps(now, indent=1) + "\n")
-    to.with_suffix(".md").write_text(page(now))
+    to.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    to.with_suffix(".md").write_text(page(now), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def small_model() -> PreTrainedModel:
 
 def resident() -> float:
     """Megabytes that the process has now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGESIZE") / 2**20
 
 

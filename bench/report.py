@@ -40,7 +40,7 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         self.date: str = data["datetime"][:10]
         self.records: list[Record] = [bench["extra_info"] for bench in data["benchmarks"]]
         self.machine: dict[str, Any] = self.records[0]
@@ -301,18 +301,18 @@ def publish(
     if kept.resolve() != run.resolve():
         shutil.copy(run, kept)
     found = Run(kept)
-    (RESULTS / f"{stem}.md").write_text(tables(found))
+    (RESULTS / f"{stem}.md").write_text(tables(found), encoding="utf-8")
     for path in draw(found, RESULTS):
         console.print(path)
-    README.write_text(with_section(README.read_text(), found))
+    README.write_text(with_section(README.read_text(encoding="utf-8"), found))
     console.print(f"{kept}, tables beside it, README.md")
 
 
 @app.command()
 def readme() -> None:
     """Write the README's section again from the run that it names."""
-    text = README.read_text()
-    README.write_text(with_section(text, Run(named_run(text))))
+    text = README.read_text(encoding="utf-8")
+    README.write_text(with_section(text, Run(named_run(text))), encoding="utf-8")
 
 
 @app.command()

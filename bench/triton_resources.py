@@ -16,6 +16,7 @@ import re
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -154,7 +155,7 @@ def assembler_report(ptx: str, arch: int) -> tuple[int, int]:
     assert target is not None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
+        path.write_text(ptx, encoding="utf-8")
         command = [get_ptxas(arch).path, "-v", f"--gpu-name={target[1]}", str(path), "-o", str(path.with_suffix(".o"))]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     (registers,) = re.findall(r"Used (\d+) registers", said)
@@ -326,14 +327,29 @@ def compile_for(launch: Launch, arch: int) -> Any:
     )
 
 
+def in_turn() -> list[tuple[str, int]]:
+    """Every kernel with one architecture; those of an op that stand beside each other with different ones."""
+    architectures, turns, pairs = list(ARCHITECTURES), Counter[str](), []
+    for name in KERNELS:
+        turn = turns[name.split()[0]]
+        # Moved on by one after each round: names come in threes, too, and each of them is to meet every architecture.
+        pairs.append((name, architectures[(turn + turn // len(architectures)) % len(architectures)]))
+        turns[name.split()[0]] += 1
+    return pairs
+
+
 def resources(
     kernels: Iterable[str] = tuple(KERNELS), architectures: Iterable[int] = tuple(ARCHITECTURES)
 ) -> list[dict[str, Any]]:
-    """Compiles; one record per kernel and architecture, with the seconds that compiling took.
+    """Compiles; one record per kernel and architecture, with the seconds that compiling took."""
+    return resources_of([(name, arch) for name in kernels for arch in architectures])
+
+
+def resources_of(pairs: list[tuple[str, int]]) -> list[dict[str, Any]]:
+    """The same for pairs of a kernel and an architecture.
 
     Two at a time where there are many: most of the time is the assembler's.
     """
-    pairs = [(name, arch) for name in kernels for arch in architectures]
     if len(pairs) < 8:
         return [_record(pair) for pair in pairs]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -214,7 +214,7 @@ class Router(nn.Module):
         """Write ``router_config.json`` and ``router.safetensors``."""
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
-        (path / CONFIG_NAME).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        (path / CONFIG_NAME).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path / WEIGHTS_NAME)
 
     @classmethod
@@ -233,7 +233,7 @@ class Router(nn.Module):
                 raise FileNotFoundError(f"Router.from_pretrained: {source} is neither a directory nor a Hub id")
             path = Path(snapshot_download(str(source), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME], **hub))
         try:
-            entries = json.loads((path / CONFIG_NAME).read_text())
+            entries = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path / CONFIG_NAME}: {error}") from error
         known = {field.name for field in fields(RouterConfig)}

@@ -25,7 +25,7 @@ SCHEDULES = 200
 
 def waits(file: str) -> list[int]:
     """The numbers of those lines in csrc/cuda/``file``."""
-    source = (_extension.source_dir() / "cuda" / file).read_text()
+    source = (_extension.source_dir() / "cuda" / file).read_text(encoding="utf-8")
     lines = [number for number, line in enumerate(source.splitlines(), 1) if re.match(rf" *{_WAIT}\);", line)]
     assert len(lines) == len(re.findall(_WAIT, source)) > 0
     return lines

@@ -94,7 +94,7 @@ def _as_cpp(sources: Sequence[Path], directory: Path) -> list[Path]:
         path = source
         if source.suffix == ".cu":
             path = directory / f"{source.stem}_{number}.cpp"
-            path.write_text(f'#include "{source}"\n')
+            path.write_text(f'#include "{source}"\n', encoding="utf-8")
         paths.append(path)
     return paths
 

@@ -508,7 +508,6 @@ REFUSED_BY_BOTH = [
     ({"custom_generate": "a/b"}, ValueError, "custom_generate is 'a/b'"),
     ({"use_cache": False}, ValueError, "use_cache is False"),
     ({"generation_config": GenerationConfig(num_beams=2)}, ValueError, "num_beams is 2"),
-    ({"past_key_values": StaticCache(tiny_llama().config, 20)}, ValueError, "is a StaticCache"),
     ({"position_ids": torch.zeros(3, 2, 4, dtype=torch.int64)}, ValueError, r"position_ids has shape \[3, 2, 4\]"),
     ({"attention_mask": torch.ones(2, 3)}, ValueError, r"has shape \[2, 3\], expected the prompts' \[2, 4\]"),
     ({"temprature": 0.5}, TypeError, "unknown argument 'temprature'; did you mean 'temperature'"),
@@ -534,6 +533,13 @@ REFUSED = [
     (soft_thinking, {"cold_stop_steps": 0}, ValueError, "cold_stop_steps is 0, expected an integer >= 1"),
     (soft_thinking, {"cold_stop_entropy": -1.0}, ValueError, r"cold_stop_entropy is -1\.0, expected a finite number"),
     (soft_thinking, {"cold_stop_entropy": math.nan}, ValueError, "cold_stop_entropy is nan, expected a finite number"),
+    (soft_thinking, {"num_return_sequences": 2}, ValueError, "num_return_sequences is 2, expected 1 where do_sample"),
+    (
+        soft_thinking,
+        {"do_sample": False, "generation_config": GenerationConfig(num_return_sequences=3, do_sample=True)},
+        ValueError,
+        "num_return_sequences is 3, expected 1 where do_sample is not True",
+    ),
     (soft_thinking, {"width": 3}, TypeError, "unknown argument 'width'"),
 ]
 
@@ -607,8 +613,18 @@ def test_an_exception_leaves_the_model_as_it_was(method, error):
     assert torch.equal(method(model, IDS, max_new_tokens=9, generator=seeded(0), **settings_of(method)), want)
 
 
-def test_a_refusal_leaves_the_callers_cache_alone(llama):
-    cache = DynamicCache()
-    with pytest.raises(ValueError, match="streams has shape"):
-        soft_thinking(llama, IDS, past_key_values=cache, streams=[1], max_new_tokens=3)
-    assert cache.get_seq_length() == 0
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("n_positions", "cache", "wrong", "message"),
+    [
+        (None, DynamicCache, {"streams": [1]}, "streams has shape"),
+        (None, lambda: StaticCache(tiny_llama().config, 20), {}, "is a StaticCache, which .* Thinking cannot honour"),
+        (16, DynamicCache, {}, "a prompt ends at position 15, expected less than the model's last position, 15"),
+    ],
+    ids=["streams", "type", "position"],
+)
+def test_a_refusal_leaves_the_callers_cache_alone(llama, method, n_positions, cache, wrong, message):
+    model, given = tiny_model("gpt2", n_positions=n_positions) if n_positions else llama, cache()
+    with pytest.raises(ValueError, match=f"^{method.__name__}: .*{message}"):
+        method(model, IDS.repeat(1, 4), past_key_values=given, max_new_tokens=3, **settings_of(method), **wrong)
+    assert given.get_seq_length() == 0

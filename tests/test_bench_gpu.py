@@ -58,7 +58,7 @@ def as_if_measured(data, seconds):
 
 def test_a_dry_run_goes_through_everything(dry):
     path, output = dry
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8"))
     assert data["dry_run"]
     assert data["complete"]
     assert path.name.endswith("-dry-run-on-a-cpu-attention.json")
@@ -75,11 +75,11 @@ def test_a_dry_run_goes_through_everything(dry):
     for reading in data["roof"]:
         assert len(reading["copy"]) == len(reading["matmul"]) > 0
     assert len(data["roof"]) == 2
-    text = path.with_suffix(".md").read_text()
+    text = path.with_suffix(".md").read_text(encoding="utf-8")
     assert text == gpu_report.tables(gpu_report.Run.load(path))
     assert "Dry run" in text
     assert text.strip() in output
-    assert "DRY RUN" in path.with_suffix(".svg").read_text()
+    assert "DRY RUN" in path.with_suffix(".svg").read_text(encoding="utf-8")
     gpu_report.draw(gpu_report.Run.load(path), path.with_suffix(".again.svg"))
     assert path.with_suffix(".again.svg").read_bytes() == path.with_suffix(".svg").read_bytes()
     assert gpu_report.Run.kept(path.parent) == []
@@ -229,7 +229,7 @@ def run_with(monkeypatch, tmp_path, sides, *options):
     monkeypatch.setattr(gpu, "sides_for", lambda device: (sides, {}))
     monkeypatch.setattr(gpu, "DRY", DRY[:1])
     result = CliRunner().invoke(gpu.app, ["attention", "--dry-run", "--out", str(tmp_path), *options])
-    return result, json.loads(next(tmp_path.glob("*.json")).read_text())
+    return result, json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))
 
 
 def test_what_is_wrong_is_not_timed_and_ends_with_1(monkeypatch, tmp_path):
@@ -343,7 +343,7 @@ def test_sets_outgrow_the_cache():
 
 
 def test_verdicts(dry):
-    data = json.loads(dry[0].read_text())
+    data = json.loads(dry[0].read_text(encoding="utf-8"))
     run = gpu_report.Run(as_if_measured(data, {"ours, cuda": 4e-6, "ours, triton": 6e-6, SDPA: 9e-6}), "x")
     run.data["roof"] = [{"copy": [1e12], "matmul": [1e15]}, {"copy": [2e12], "matmul": [1e14]}]
     entry = run.entries[0]
@@ -371,30 +371,32 @@ def test_verdicts(dry):
 
 
 def test_preference(dry):
-    data = as_if_measured(json.loads(dry[0].read_text()), {"ours, cuda": 4e-6, "ours, triton": 6e-6})
+    data = as_if_measured(json.loads(dry[0].read_text(encoding="utf-8")), {"ours, cuda": 4e-6, "ours, triton": 6e-6})
     classes = [(one["rows"], one["head_size"], one["backend"]) for one in data["preference"]]
     assert classes == [(16, 64, "cuda"), (64, 64, "cuda"), (128, 64, "cuda")]
     names: dict[str, object] = {}
     exec(gpu_report.preference_literal(gpu_report.Run(data, "a-run")), names)
     assert names["SOURCE"] == "a-run.json"
     assert names["TREE_ATTENTION"] == {(rows, size): backend for rows, size, backend in classes}
-    other = as_if_measured(json.loads(dry[0].read_text()), {"ours, cuda": 6e-6, "ours, triton": 4e-6})
+    other = as_if_measured(json.loads(dry[0].read_text(encoding="utf-8")), {"ours, cuda": 6e-6, "ours, triton": 4e-6})
     assert {one["backend"] for one in other["preference"]} == {"triton"}
     assert gpu_report.preference([]) == []
 
 
 def test_the_results_page_says_what_was_measured(dry, monkeypatch, tmp_path):
     """The page and its generator belong together; where no GPU has run, it says so for every figure."""
-    assert (gpu.RESULTS / gpu.PAGE).read_text() == gpu.page_text()
+    assert (gpu.RESULTS / gpu.PAGE).read_text(encoding="utf-8") == gpu.page_text()
     empty = gpu_report.results_part([])
     assert empty.count(gpu_report.NOT_MEASURED) == len(gpu_report._figures(None))
 
-    data = as_if_measured(json.loads(dry[0].read_text()), {"ours, cuda": 4e-6, "ours, triton": 6e-6, SDPA: 9e-6})
+    data = as_if_measured(
+        json.loads(dry[0].read_text(encoding="utf-8")), {"ours, cuda": 4e-6, "ours, triton": 6e-6, SDPA: 9e-6}
+    )
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     gpu.write_json(data, tmp_path)
     gpu.write_json({**data, "quick": True}, tmp_path)
     assert CliRunner().invoke(gpu.app, ["results"]).exit_code == 0
-    text = (tmp_path / gpu.PAGE).read_text()
+    text = (tmp_path / gpu.PAGE).read_text(encoding="utf-8")
     assert text.count("## A Test") == 1
     assert f"{len(DRY)} of {len(DRY)} shapes pass" in text
     assert f"| {SDPA}: times as long as ours | > 1 | 2.25; {len(DRY)} of {len(DRY)} shapes pass |" in text

@@ -31,7 +31,7 @@ def dry(tmp_path_factory):
 
 def test_a_dry_run_goes_through_everything(dry):
     path, output = dry
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8"))
     assert data["dry_run"]
     assert data["complete"]
     assert path.name.endswith("-dry-run-on-a-cpu-packed.json")
@@ -42,7 +42,7 @@ def test_a_dry_run_goes_through_everything(dry):
             assert side["status"] == "timed", (name, side)
             assert max(side["error"], side["small_error"]) <= side["tolerance"]
             assert len(side["seconds"]) == gpu.DryRun.rounds[0]
-    text = path.with_suffix(".md").read_text()
+    text = path.with_suffix(".md").read_text(encoding="utf-8")
     assert text == gpu_packed_report.tables(gpu_packed_report.PackedRun.load(path))
     assert "Dry run" in text
     assert text.strip() in output
@@ -97,7 +97,7 @@ def test_the_page_says_what_is_not_measured(dry):
     assert "No GPU has run this yet" in text
     assert text.count("not measured") == len(SHAPES) + 2
     assert text.strip() in gpu.page_text()
-    data = json.loads(dry[0].read_text())
+    data = json.loads(dry[0].read_text(encoding="utf-8"))
     data["dry_run"] = False
     data["device"]["name"] = "A Test"
     for entry, shape in zip(data["shapes"], SHAPES, strict=False):

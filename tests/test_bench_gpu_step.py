@@ -36,7 +36,7 @@ def dry_step(tmp_path_factory):
 
 def test_a_dry_step_goes_through_everything(dry_step):
     path, output = dry_step
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8"))
     scale = gpu_step.DRY
     assert data["dry_run"]
     assert data["complete"]
@@ -63,11 +63,11 @@ def test_a_dry_step_goes_through_everything(dry_step):
             assert set(record["seconds"]) == {"sample", "forward", "route", "commit"}
             assert all(seconds > 0 for seconds in record["seconds"].values())
     run = gpu_step_report.StepRun.load(path)
-    text = path.with_suffix(".md").read_text()
+    text = path.with_suffix(".md").read_text(encoding="utf-8")
     assert text == gpu_step_report.tables(run)
     assert "Dry run" in text
     assert text.strip() in output
-    assert "DRY RUN" in path.with_suffix(".svg").read_text()
+    assert "DRY RUN" in path.with_suffix(".svg").read_text(encoding="utf-8")
     gpu_step_report.draw(run, path.with_suffix(".again.svg"))
     assert path.with_suffix(".again.svg").read_bytes() == path.with_suffix(".svg").read_bytes()
     assert gpu_step_report.StepRun.kept(path.parent) == gpu_report.Run.kept(path.parent) == []
@@ -366,7 +366,7 @@ def step_as_if_measured(data):
 
 
 def test_verdicts_of_a_step(dry_step):
-    run = gpu_step_report.StepRun(step_as_if_measured(json.loads(dry_step[0].read_text())), "x")
+    run = gpu_step_report.StepRun(step_as_if_measured(json.loads(dry_step[0].read_text(encoding="utf-8"))), "x")
     figures = {figure: value for figure, _, value in gpu_step_report.figures(run)}
     assert gpu_step_report.NOT_MEASURED not in figures.values()
     for batch in (1, 8):
@@ -390,7 +390,7 @@ def test_verdicts_of_a_step(dry_step):
 
 
 def test_preference_of_ops(dry_step):
-    data = step_as_if_measured(json.loads(dry_step[0].read_text()))
+    data = step_as_if_measured(json.loads(dry_step[0].read_text(encoding="utf-8")))
     assert {op: one["backend"] for op, one in data["preference"].items()} == {
         "commit_": "cuda", "sample_children": "cuda", "top_children": "cuda", "route": "cuda"
     }  # fmt: skip
@@ -410,12 +410,12 @@ def test_preference_of_ops(dry_step):
 def test_the_results_page_has_the_step(dry_step, monkeypatch, tmp_path):
     empty = gpu_step_report.results_part([])
     assert empty.count(gpu_step_report.NOT_MEASURED) == len(gpu_step_report.figures(None))
-    data = step_as_if_measured(json.loads(dry_step[0].read_text()))
+    data = step_as_if_measured(json.loads(dry_step[0].read_text(encoding="utf-8")))
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     gpu.write_json(data, tmp_path)
     gpu.write_json({**data, "quick": True}, tmp_path)
     assert CliRunner().invoke(gpu.app, ["results"]).exit_code == 0
-    text = (tmp_path / gpu.PAGE).read_text()
+    text = (tmp_path / gpu.PAGE).read_text(encoding="utf-8")
     assert text.count("### A Test") == 1
     assert "batch 8: times plain decoding's | ≤ 1.10 | 1.05 (1.05 to 1.05); pass |" in text
     assert gpu_report.results_part([]).rstrip() in text  # the attention benchmark has not run

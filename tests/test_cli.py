@@ -161,7 +161,7 @@ def test_a_device_that_is_not_there(checkpoint, device):
 
 
 def test_a_router_without_its_size(checkpoint, tmp_path):
-    (tmp_path / "router_config.json").write_text("{}")
+    (tmp_path / "router_config.json").write_text("{}", encoding="utf-8")
     result = run("generate", "--model", str(checkpoint), "--prompt", "a", "--router", str(tmp_path))
     assert result.exit_code == 1
     assert "hidden_size is missing" in result.output

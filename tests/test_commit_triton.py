@@ -215,6 +215,7 @@ def test_opcheck():
     assert interpreting() == (DEVICE.type == "cpu")
 
 
+@pytest.mark.full  # as `make gpu-check` sees
 def test_compiles_without_spills():
     pytest.importorskip("rich")
     for record in ahead_of_time("r.resources(['commit_ 36 layers bfloat16 d128, 12 moves'], [80, 90, 100])"):

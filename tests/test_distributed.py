@@ -58,7 +58,7 @@ def one(tmp_path_factory):
 
 def assert_same(tmp_path: Path, one: LBRGRPOTrainer, log: str = "log") -> None:
     """The curve of two processes and what they have saved are those of one."""
-    two = json.loads((tmp_path / log).read_text())
+    two = json.loads((tmp_path / log).read_text(encoding="utf-8"))
     assert len(two) == 3
     for mine, other in zip(history(one), two, strict=True):
         assert set(mine) == set(other)
@@ -75,7 +75,7 @@ def assert_same(tmp_path: Path, one: LBRGRPOTrainer, log: str = "log") -> None:
 
 
 def assert_unequal_calls(tmp_path: Path) -> None:
-    calls = [json.loads((tmp_path / f"calls{rank}").read_text()) for rank in (0, 1)]
+    calls = [json.loads((tmp_path / f"calls{rank}").read_text(encoding="utf-8")) for rank in (0, 1)]
     assert len(calls[0]) == len(calls[1]) == 3
     assert calls[0] != calls[1], "rows should end at different steps on the two, or this test shows little"
 

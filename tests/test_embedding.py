@@ -30,7 +30,7 @@ def test_python_blocks_run():
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     before = [p.clone() for p in model.parameters()]
     namespace: dict[str, Any] = {"model": model, "batches": [batch, batch], "judge": judge}
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:
         shorter = block.replace("max_new_tokens=64", "max_new_tokens=8")
@@ -79,6 +79,6 @@ def test_parts_add_up_to_the_whole(rows):
 
 
 def test_links_and_paths_exist():
-    text = PAGE.read_text()
+    text = PAGE.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (PAGE.parent / target).exists(), target

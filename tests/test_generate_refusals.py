@@ -58,7 +58,6 @@ REFUSED = [
     ({"zzz": 3}, TypeError, "unknown argument 'zzz'$"),
     ({"token_type_ids": torch.zeros(2, 4)}, (TypeError, ValueError), "token_type_ids"),
     ({"position_ids": torch.zeros(3, 2, 4, dtype=torch.int64)}, ValueError, r"position_ids has shape \[3, 2, 4\]"),
-    ({"past_key_values": StaticCache(tiny_llama().config, 20)}, ValueError, f"{CACHE_NAME} is a StaticCache"),
     ({"width": 1000, "depth": 5}, ValueError, "width 1000 and depth 5 make a tree of more than 1048576 nodes"),
     ({"width": 2, "depth": 10**9}, ValueError, "width 2 and depth 1000000000 make a tree of more than 1048576 nodes"),
     ({"trie": "yes"}, ValueError, "trie is 'yes', expected True, False or None"),
@@ -95,12 +94,34 @@ def test_a_router_for_something_else_is_refused(llama):
         generate(llama, IDS, router=Router.for_model(llama, depth=2), max_new_tokens=3)
 
 
-def test_a_refusal_leaves_the_callers_cache_alone(llama):
-    for wrong in ({"router": Router.for_model(llama, depth=2)}, {"streams": [1, 2, 3]}):
-        cache = DynamicCache()
-        with pytest.raises(ValueError, match=r"router was made for depth|streams has shape"):
-            generate(llama, IDS, past_key_values=cache, max_new_tokens=3, **wrong)
-        assert cache.get_seq_length() == 0
+SHORT = {"family": "gpt2", "n_positions": 4}
+CACHE_LEFT_ALONE = [
+    ({}, DynamicCache, {"router": lambda: Router.for_model(tiny_llama(), depth=2)}, "router was made for depth 2"),
+    ({}, DynamicCache, {"streams": lambda: [1, 2, 3]}, "streams has shape"),
+    ({}, lambda: StaticCache(tiny_llama().config, 20), {}, f"^generate: {CACHE_NAME} is a StaticCache, which a tree"),
+    (SHORT, DynamicCache, {}, "a prompt ends at position 3, expected less than the model's last position, 3"),
+    (SHORT, DynamicCache, {"attention_mask": lambda: MASK}, "a prompt ends at position 3, expected less"),
+    (SHORT, DynamicCache, {"position_ids": lambda: torch.arange(3, 7)[None]}, "a prompt ends at position 6, expected"),
+    (SHORT, lambda: half_read(tiny_model("gpt2")), {}, "a prompt ends at position 3, expected less"),
+]  # fmt: skip
+MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+
+
+def half_read(model) -> DynamicCache:
+    """A cache that holds the first two tokens of each prompt."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=IDS[:, :2], use_cache=True, **{CACHE_NAME: cache})
+    return cache
+
+
+@pytest.mark.parametrize(("family", "cache", "wrong", "message"), CACHE_LEFT_ALONE)
+def test_a_refusal_leaves_the_callers_cache_alone(llama, family, cache, wrong, message):
+    model, given = tiny_model(**family) if family else llama, cache()
+    before = int(given.get_seq_length())
+    with pytest.raises(ValueError, match=message):
+        generate(model, IDS, past_key_values=given, max_new_tokens=3, **{name: of() for name, of in wrong.items()})
+    assert given.get_seq_length() == before
 
 
 def test_models_that_hold_no_tree_are_refused():

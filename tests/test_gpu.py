@@ -236,7 +236,8 @@ def test_compute_sanitizer(tmp_path):
         "    for group, N in ((4, 3), (4, 8), (4, 16), (7, 23)):\n"
         "        p = on_gpu(problem(B=1, Hk=1, group=group, N=N, T=N + 2, D=D, Dv=D, longest=2000, dtype=torch.half))\n"
         "        ops.tree_attention(**p, window=1500, backend='cuda')\n"
-        "torch.cuda.synchronize()\n"
+        "torch.cuda.synchronize()\n",
+        encoding="utf-8",
     )
     for check in ("memcheck", "racecheck", "initcheck"):
         command = [tool, "--tool", check, "--error-exitcode", "9", "--kernel-name", "kns=tree_attention_kernel"]

@@ -8,7 +8,7 @@ import json
 import gpu_resources
 import pytest
 
-KEPT = json.loads(gpu_resources.KEPT.read_text())
+KEPT = json.loads(gpu_resources.KEPT.read_text(encoding="utf-8"))
 
 
 def test_what_is_kept_is_no_worse_than_itself():
@@ -18,7 +18,7 @@ def test_what_is_kept_is_no_worse_than_itself():
 
 
 def test_the_page_is_what_the_numbers_say():
-    assert gpu_resources.KEPT.with_suffix(".md").read_text() == gpu_resources.page(KEPT)
+    assert gpu_resources.KEPT.with_suffix(".md").read_text(encoding="utf-8") == gpu_resources.page(KEPT)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,20 @@ def test_other_compilers_may_take_other_registers():
     for record in now["kernels"]:
         record["registers"] += 1
     assert gpu_resources.worse(now, KEPT) == []
+
+
+def test_the_gate_compiles_every_kernel_and_every_kind_for_every_architecture():
+    part = gpu_resources.in_gate(KEPT)
+    assert {r["kernel"] for r in part["kernels"]} == {r["kernel"] for r in KEPT["kernels"]}
+    triton = [r for r in part["kernels"] if r["kernel"].startswith("triton")]
+    assert len(triton) == len({r["kernel"] for r in triton})
+    kinds = {(r["kernel"].split()[1], r["arch"]) for r in triton}
+    assert len(kinds) == 3 * len({kind for kind, _ in kinds})
+    assert [r for r in KEPT["kernels"] if r["kernel"].startswith("cuda")] == [
+        r for r in part["kernels"] if r["kernel"].startswith("cuda")
+    ]
+    assert gpu_resources.worse(part, part) == []
+    gpu_resources.table(part)
 
 
 def test_kernels_come_and_go():

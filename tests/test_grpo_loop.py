@@ -66,7 +66,7 @@ def kill(after: int, **arguments: Any) -> None:
     """Start, and send SIGKILL once so many updates have been logged; fails if the process ends by itself."""
     log, process = arguments["out"] / "log.jsonl", run(**arguments)
     until = time.monotonic() + 60
-    while not log.exists() or log.read_text().count("\n") <= after:
+    while not log.exists() or log.read_text(encoding="utf-8").count("\n") <= after:
         assert process.is_alive()
         assert time.monotonic() < until
         time.sleep(0.002)
@@ -77,7 +77,7 @@ def kill(after: int, **arguments: Any) -> None:
 
 
 def curve(out: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
 
 

@@ -571,6 +571,7 @@ def test_opcheck():
     torch.library.opcheck(overload, (*given, out, lse, args[3]))
 
 
+@pytest.mark.full  # as `make gpu-check` sees
 def test_compiles_without_spills():
     pytest.importorskip("rich")
     (record,) = ahead_of_time("r.resources(['packed_tree_attention key_value_gradient bfloat16 d64'], [90])")

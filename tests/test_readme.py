@@ -11,7 +11,7 @@ from models import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 class Words:
@@ -41,10 +41,10 @@ def test_python_blocks_run(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_links_and_targets_exist(name):
-    text = (ROOT / name).read_text()
+    text = (ROOT / name).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / target).exists(), target
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"make ([a-z-]+)", text):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"make {target}"
     for path in re.findall(r"`((?:lbr_kernels|csrc|tests|bench|python)/[\w/.<>-]+)`", text):

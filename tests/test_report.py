@@ -11,7 +11,7 @@ import report
 from report import README, Run, app, performance_section, regressions, tables, with_section
 from typer.testing import CliRunner
 
-KEPT = report.named_run(README.read_text())
+KEPT = report.named_run(README.read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -21,16 +21,16 @@ def run():
 
 def changed(path, change):
     """The kept run with something else in it."""
-    data = json.loads(KEPT.read_text())
+    data = json.loads(KEPT.read_text(encoding="utf-8"))
     for bench in data["benchmarks"]:
         change(bench["extra_info"])
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(data), encoding="utf-8")
     return path
 
 
 def test_the_readme_says_what_was_measured(run):
     """The section between the marks is made of the run that it names, and was not edited by hand."""
-    text = README.read_text()
+    text = README.read_text(encoding="utf-8")
     assert with_section(text, run) == text
     for target in re.findall(r"\]\((bench/[^)]+)\)", performance_section(run)):
         assert (report.ROOT / target).exists(), target
@@ -52,7 +52,7 @@ def test_tables_hold_every_record(run):
     text = tables(run)
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| shape", "|---"))]
     assert len(rows) == len(run.records)
-    assert (KEPT.with_suffix(".md")).read_text() == text
+    assert (KEPT.with_suffix(".md")).read_text(encoding="utf-8") == text
 
 
 def test_a_slowdown_of_more_than_a_tenth_is_found(run, tmp_path):
@@ -83,7 +83,7 @@ def test_publish_writes_everything(tmp_path, monkeypatch):
     """Into another place: JSON, tables, plots that depend on the run alone, and the section."""
     pytest.importorskip("matplotlib")
     readme = tmp_path / "README.md"
-    readme.write_text("# head\n\n<!-- performance: x -->\nold\n<!-- /performance -->\n\ntail\n")
+    readme.write_text("# head\n\n<!-- performance: x -->\nold\n<!-- /performance -->\n\ntail\n", encoding="utf-8")
     monkeypatch.setattr(report, "README", readme)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     result = CliRunner().invoke(app, ["publish", str(KEPT), "--name", KEPT.stem])
@@ -95,7 +95,7 @@ def test_publish_writes_everything(tmp_path, monkeypatch):
     for name, content in made.items():
         if not name.endswith(".svg"):
             assert content == (KEPT.parent / name).read_bytes(), name
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     assert text.startswith("# head\n")
     assert text.endswith("tail\n")
     assert "old" not in text

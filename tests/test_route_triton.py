@@ -190,6 +190,7 @@ def test_opcheck():
     torch.library.opcheck(BACKENDS["triton"].overload("route"), args, kwargs)
 
 
+@pytest.mark.full  # as `make gpu-check` sees
 def test_compiles_without_spills():
     pytest.importorskip("rich")
     (record,) = ahead_of_time("r.resources(['route bfloat16 p128 K3 L2'], [90])")

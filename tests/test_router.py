@@ -138,12 +138,12 @@ def test_half_precision_files_are_widened(tmp_path):
 
 def test_unknown_entries_and_missing_files_are_refused(tmp_path):
     random_router(1).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "router_config.json").read_text())
-    (tmp_path / "router_config.json").write_text(json.dumps(config | {"heads": 3}))
+    config = json.loads((tmp_path / "router_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "router_config.json").write_text(json.dumps(config | {"heads": 3}), encoding="utf-8")
     with pytest.raises(ValueError, match="unknown entries \\['heads'\\]"):
         Router.from_pretrained(tmp_path)
     (tmp_path / "router.safetensors").unlink()
-    (tmp_path / "router_config.json").write_text(json.dumps(config))
+    (tmp_path / "router_config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(FileNotFoundError):
         Router.from_pretrained(tmp_path)
 
@@ -188,18 +188,18 @@ def test_path_slots():
 @pytest.mark.parametrize("name", ["router_config.json", "router.safetensors"])
 def test_a_broken_file_is_named(tmp_path, name):
     random_router(1).save_pretrained(tmp_path)
-    (tmp_path / name).write_text("{ no")
+    (tmp_path / name).write_text("{ no", encoding="utf-8")
     with pytest.raises(ValueError, match=name):
         Router.from_pretrained(tmp_path)
 
 
 def test_weights_for_another_configuration_are_refused(tmp_path):
     random_router(1).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "router_config.json").read_text())
-    (tmp_path / "router_config.json").write_text(json.dumps({**config, "hidden_size": 7}))
+    config = json.loads((tmp_path / "router_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "router_config.json").write_text(json.dumps({**config, "hidden_size": 7}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"(?s)router\.safetensors: .*size mismatch"):
         Router.from_pretrained(tmp_path)
     del config["depth"]
-    (tmp_path / "router_config.json").write_text(json.dumps(config))
+    (tmp_path / "router_config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match="depth is missing"):
         Router.from_pretrained(tmp_path)

@@ -46,7 +46,7 @@ def run(
 
 def line(kernel: str, call: str, occurrence: int = 0) -> str:
     """Where ``kernel`` calls ``call``, as faults say it."""
-    text = SOURCE.read_text()
+    text = SOURCE.read_text(encoding="utf-8")
     at = re.search(rf"LBR_KERNEL\(.*\) {kernel}\(", text).start()
     for _ in range(occurrence + 1):
         at = text.index(call, at + 1)

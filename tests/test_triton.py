@@ -312,6 +312,7 @@ def test_head_size_is_limited():
         attend(problem(B=1, D=16, Dv=257))
 
 
+@pytest.mark.full  # as `make gpu-check` sees
 def test_kernels_compile_without_spills():
     pytest.importorskip("rich")
     (record,) = ahead_of_time("r.resources(['tree_attention bfloat16 d64 rows 16, all features'], [90])")

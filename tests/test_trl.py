@@ -500,7 +500,7 @@ def test_the_best_checkpoint_keeps_its_name(tmp_path):
     best = Path(made.state.best_model_checkpoint)
     assert best.parent == tmp_path
     assert best.is_dir()
-    assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+    assert json.loads((best / "trainer_state.json").read_text(encoding="utf-8"))["best_model_checkpoint"] == str(best)
 
 
 def test_push_to_hub(tmp_path, monkeypatch):

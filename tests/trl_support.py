@@ -161,9 +161,9 @@ def train(options: dict[str, Any]) -> None:
         made.add_callback(Pause(options["pause"], Path(options["sign"])))
     made.train(resume_from_checkpoint=options.get("resume"))
     if "calls" in options:
-        Path(f"{options['calls']}{made.accelerator.process_index}").write_text(json.dumps(calls))
+        Path(f"{options['calls']}{made.accelerator.process_index}").write_text(json.dumps(calls), encoding="utf-8")
     if made.is_world_process_zero():
-        Path(options["log"]).write_text(json.dumps(history(made)))
+        Path(options["log"]).write_text(json.dumps(history(made)), encoding="utf-8")
     if options.get("save"):
         made.save_model(options["save"])
 

@@ -4,7 +4,8 @@ Contract
 --------
 At each thinking step the next input is the sum over the n most likely tokens v of p(v) times the embedding of v, with p
 the filtered distribution, renormalised over them: nothing is drawn. Cold Stop ends thinking when the model has been
-sure of itself for long: its entropy has stayed below a threshold for so many steps. Top-n 1 is greedy decoding.
+sure of itself for long: its entropy has stayed below a threshold for so many steps. Top-n 1 reads and commits p's
+argmax: greedy decoding, but for ``typical_p``, which may remove the most likely token.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def soft_thinking(
     what logits processors, stopping criteria and streamers see. Where it is ``end_of_thinking`` it is read alone, and
     what follows is decoded plainly; where it ends the text, the row has ended.
 
-    Thinking is deterministic. ``do_sample`` says how the text after it is decoded: by sampling, or greedily.
+    Thinking is deterministic. ``do_sample`` says how the text after it is decoded: by sampling from the filtered
+    distribution, or by its argmax, ties to the lowest id; there, nothing being drawn, ``num_return_sequences`` is 1.
     ``temperature``, ``top_k``, ``top_p``, ``min_p`` and all that shapes the distribution of ``model.generate`` with
     ``do_sample=True`` shapes thinking either way, with the values that ``model.generate`` would take: from the call,
     from ``generation_config``, from the model's own, and its default of ``top_k=50``. The paper's values are
@@ -110,6 +112,12 @@ def soft_thinking(
     end = checked_end(arguments, end_of_thinking)
     require_mixtures(arguments.model, caller=_NAME)
     do_sample = bool(arguments.setting("do_sample"))
+    sequences = arguments.setting("num_return_sequences")
+    if not do_sample and sequences is not None and sequences > 1:  # as model.generate, which is told to sample below
+        raise ValueError(
+            f"{_NAME}: num_return_sequences is {sequences}, expected 1 where do_sample is not True: "
+            "without draws all of a prompt's sequences are equal"
+        )
     # model.generate applies the filters that shape thinking only where it is told to sample.
     arguments.kwargs["do_sample"] = True
 

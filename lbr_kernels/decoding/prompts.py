@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ def require_known_inputs(request: Request) -> None:
 
 
 def read_prompts(request: Request, adapter: ModelAdapter, stats: DecodingStats) -> Prompts:
-    """Align and prefill; writes to a cache that may be the caller's, so everything else is checked before."""
+    """Align and prefill; the latter writes to a cache that may be the caller's, so all is checked before."""
     caller, input_ids, model_kwargs = request.caller.name, request.input_ids, request.model_kwargs
     rows, device = len(input_ids), input_ids.device
     shown = input_ids
@@ -126,6 +127,8 @@ def read_prompts(request: Request, adapter: ModelAdapter, stats: DecodingStats) 
 
     # Return sequences of one prompt share its prefill, unless they come with a cache of their own.
     past = model_kwargs.get(CACHE_NAME)
+    if past is not None:
+        _require_dynamic(request, past)
     continues = past is not None and past.get_seq_length() > 0
     repeats = 1 if continues else request.config.num_return_sequences or 1
     prompt_ids = input_ids[::repeats]
@@ -133,15 +136,16 @@ def read_prompts(request: Request, adapter: ModelAdapter, stats: DecodingStats) 
         name: value[::repeats] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
         for name, value in model_kwargs.items()
     }
+    mask = prompt_kwargs.get("attention_mask")
+    next_positions = _last_positions(prompt_ids, prompt_kwargs).to(device).repeat_interleave(repeats) + 1
+    limits = _limits(request, adapter, input_ids.shape[1], next_positions)
     with stats.phase("prefill"):
         logits, prefilled = adapter.prefill(prompt_ids, request.config, prompt_kwargs)
+        _require_dynamic(request, prefilled)  # the model's own, where there was none
         columns = prefilled.get_seq_length()
         stats.model_calls += 1
-        lens = _prompt_lens(request, prompt_kwargs.get("attention_mask"), prefilled, len(prompt_ids)).to(device)
-        positions = prompt_kwargs.get("position_ids")
-        last = lens - 1 if positions is None else positions[:, -1].expand(len(lens))
-        next_positions = last.to(device).repeat_interleave(repeats) + 1
-        limits = _limits(request, adapter, input_ids.shape[1], next_positions)
+        lens = torch.full((len(prompt_ids),), columns) if mask is None else mask.ne(0).sum(dim=1)
+        lens = lens.to(device)
     row_of = torch.arange(rows, device=device) // repeats
     return Prompts(
         input_ids, shown, model_kwargs.get("inputs_embeds"), repeats, lens, logits, row_of, next_positions, limits,
@@ -168,15 +172,27 @@ def draw_seed(generator: torch.Generator | None) -> int:
     return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, generator=generator, device=device))
 
 
-def _prompt_lens(request: Request, mask: Tensor | None, prefilled: Cache, rows: int) -> Tensor:
-    if not isinstance(prefilled, DynamicCache):
+def _require_dynamic(request: Request, cache: Cache) -> None:
+    if not isinstance(cache, DynamicCache):
         raise ValueError(
-            f"{request.caller.name}: {CACHE_NAME} is a {type(prefilled).__name__}, which {request.caller.method} "
+            f"{request.caller.name}: {CACHE_NAME} is a {type(cache).__name__}, which {request.caller.method} "
             "cannot honour; expected a DynamicCache"
         )
+
+
+def _last_positions(prompt_ids: Tensor, prompt_kwargs: dict[str, Any]) -> Tensor:
+    """The position of each prompt's last token, int64 ``[B]``, as it is known before the prompts are read."""
+    rows = len(prompt_ids)
+    positions: Tensor | None = prompt_kwargs.get("position_ids")
+    mask: Tensor | None = prompt_kwargs.get("attention_mask")
+    if positions is not None:
+        return positions[:, -1].expand(rows)
     if mask is not None:
-        return mask.ne(0).sum(dim=1)
-    return torch.full((rows,), prefilled.get_seq_length())
+        return mask.ne(0).sum(dim=1) - 1
+    embeds, past = prompt_kwargs.get("inputs_embeds"), prompt_kwargs.get(CACHE_NAME)
+    # Embeddings come with those of what the cache holds, ids without.
+    columns = embeds.shape[1] if embeds is not None else prompt_ids.shape[1] + (past.get_seq_length() if past else 0)
+    return torch.full((rows,), columns - 1)
 
 
 def _limits(request: Request, adapter: ModelAdapter, prompt_width: int, next_positions: Tensor) -> Limits:

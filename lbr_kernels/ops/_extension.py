@@ -259,7 +259,7 @@ class Extension:
             )
         except Exception as error:  # whatever torch, ninja or the compiler have to say
             log = directory / "build.log"
-            log.write_text(str(error))
+            log.write_text(str(error), encoding="utf-8")
             raise BuildUnavailableError(f"compiling the kernels failed, see {log}") from error
 
 

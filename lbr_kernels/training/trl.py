@@ -646,7 +646,8 @@ def _run_inside(model: nn.Module) -> None:
     """Let ``model(lbr_run=f)`` return ``f(model)``.
 
     Several forwards of the policy's parts then are one forward for DDP, FSDP2 and ZeRO, whose bookkeeping is around it;
-    they look for tensors in lists and dictionaries of what is returned.
+    they look for tensors in lists and dictionaries of what is returned. A deep copy of the model keeps the original's
+    forward, and so would run the original: copy first.
     """
     forward = model.forward
 

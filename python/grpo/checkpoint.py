@@ -80,5 +80,5 @@ def checkpoints(out: Path) -> list[Path]:
 def replace_text(path: Path, text: str) -> None:
     """Write a file that is the old or the new one, whenever the process is killed."""
     partial = path.with_suffix(".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -145,18 +145,21 @@ def main(
     log, described, found = out / "log.jsonl", out / "settings.json", checkpoints(out)
     state = begin(settings)
     if resume and found:
-        if (known := json.loads(described.read_text())) != asdict(settings):
+        if (known := json.loads(described.read_text(encoding="utf-8"))) != asdict(settings):
             raise typer.BadParameter(f"{out} is a run with other settings: {known}")
         state.load(found[-1])
-        kept = log.read_text().splitlines(keepends=True)[: state.update + 1]
+        kept = log.read_text(encoding="utf-8").splitlines(keepends=True)[: state.update + 1]
     elif log.exists() and not resume:
         raise typer.BadParameter(f"{out} holds a run already: --resume goes on with it")
     else:
-        described.write_text(json.dumps(asdict(settings), indent=2) + "\n")
+        described.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
         kept = [json.dumps({"update": 0, "held_out": held_out(state, settings)}) + "\n"]
     replace_text(log, "".join(kept))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with log.open("a", buffering=1) as file, Progress(*columns, console=Console(stderr=True)) as progress:
+    with (
+        log.open("a", buffering=1, encoding="utf-8") as file,
+        Progress(*columns, console=Console(stderr=True)) as progress,
+    ):
         bar = progress.add_task("", total=updates, completed=state.update)
         for record in train(state, settings):
             file.write(json.dumps(record) + "\n")

@@ -59,7 +59,7 @@ def main(
             nodes += rollout.nodes
             tokens += int(rollout.trajectory.num_committed.sum())
         found[name] = {"right": right, "nodes": nodes, "tokens": tokens}
-    out.write_text(json.dumps(found) + "\n")
+    out.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ console = Console()
 
 def one_run(plan: Plan, arm: Arm, seed: int, start: Path, out: Path, told: Path) -> None:
     """Train and judge, or what is left of it; what the programs say goes to a file."""
-    with told.open("a") as file, redirect_stderr(file):
+    with told.open("a", encoding="utf-8") as file, redirect_stderr(file):
         grpo.main(
             task=plan.task, start=start, out=out, width=arm.width, depth=arm.depth, seed=seed, updates=plan.updates,
             model_lr=arm.model_lr, router_lr=arm.router_lr, resume=True, **plan.options,
@@ -124,7 +124,7 @@ def in_turns(jobs: int, function: Callable[..., None], calls: list[tuple[Any, ..
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """A run's records, the one before the first update in front."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @app.command()
@@ -153,14 +153,14 @@ def run(
             "command": f"python python/grpo/study.py run WORK --tasks {tasks} --jobs {jobs}",
             "machine": {**machine(), "threads": 1},  # of every process
             "plan": {**asdict(plan), "start": "the shipped checkpoint" if plan.start else f"start.py {plan.task}"},
-            "before": json.loads((work / f"{plan.task}-start.json").read_text()),
+            "before": json.loads((work / f"{plan.task}-start.json").read_text(encoding="utf-8")),
             "runs": [
                 {
                     "arm": arm.name,
                     "seed": seed,
-                    "settings": _without_paths(json.loads((out / "settings.json").read_text())),
+                    "settings": _without_paths(json.loads((out / "settings.json").read_text(encoding="utf-8"))),
                     "curve": read_log(out / "log.jsonl"),
-                    "after": json.loads((out / "judged.json").read_text()),
+                    "after": json.loads((out / "judged.json").read_text(encoding="utf-8")),
                 }
                 for index, arm in enumerate(plan.arms)
                 for seed in SEEDS
@@ -168,7 +168,7 @@ def run(
             ],
         }
         path = results / f"{found['date']}-grpo-{plan.task}.json"
-        path.write_text(json.dumps(found) + "\n")
+        path.write_text(json.dumps(found) + "\n", encoding="utf-8")
         draw(path)
         console.print(report(path), highlight=False, soft_wrap=True)
 
@@ -245,7 +245,7 @@ def draw(path: Path) -> None:
         "svg.hashsalt": "lbr_kernels", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
         "axes.titlesize": 10, "legend.frameon": False, "svg.fonttype": "none",
     })  # fmt: skip
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8"))
     arms = [Curves(name, data["runs"]) for name in dict.fromkeys(run["arm"] for run in data["runs"])]
     colors = dict(zip([arm.name for arm in arms], ("#c46a1a", "#1f5fa8", "#2e8b57"), strict=False))
     figure, axes = plt.subplots(2, 4, figsize=(14, 6.2))
@@ -299,7 +299,7 @@ def draw(path: Path) -> None:
 
 def report(path: Path) -> str:
     """A task's Pass@k as a Markdown table, which goes into grpo.md between the task's marks if that lies beside."""
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8"))
     task, before = data["plan"]["task"], data["before"]
     ks = [k for k in KS if k <= before["samples"]]
     rows = [("start", [pass_curve(before, "plain")])]
@@ -318,9 +318,9 @@ def report(path: Path) -> str:
     table, page = "\n".join(lines), path.with_name("grpo.md")
     if page.exists():
         begin, end = f"<!-- {task} -->\n", f"\n<!-- /{task} -->"
-        text = page.read_text()
+        text = page.read_text(encoding="utf-8")
         first, last = text.index(begin) + len(begin), text.index(end)
-        page.write_text(text[:first] + table + text[last:])
+        page.write_text(text[:first] + table + text[last:], encoding="utf-8")
     return table
 
 
