@@ -435,7 +435,7 @@ def test_smoke(tmp_path: Path):
     """The whole study at its smallest: run, figures, tables and the demo's checkpoint; a second run does nothing."""
     work, page = tmp_path / "work", tmp_path / "study.md"
     marks = "\n".join(f"<!-- {name} -->\n\n<!-- /{name} -->" for name in results.TABLES)
-    page.write_text(f"before\n{marks}\nafter\n")
+    page.write_text(f"before\n{marks}\nafter\n", encoding="utf-8")
 
     def call(*arguments: str) -> None:
         subprocess.run([sys.executable, str(PROGRAM), *arguments], check=True, capture_output=True)
@@ -450,14 +450,14 @@ def test_smoke(tmp_path: Path):
     assert len(first) == 3
     call("figures", str(data))
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")} == first
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     study = results.Study(data)
     assert f"{study.decoded('cot', 'greedy', 'accuracy').mean():.3f}" in text
     rows = len(results.HEADLINE) + len(results.PAPER) + len(study.ways()) + len(results.PAIRS) + 4
     assert text.count("\n|") == 2 * len(results.TABLES) + rows
-    recorded = json.loads(data.read_text())
+    recorded = json.loads(data.read_text(encoding="utf-8"))
     assert [point["step"] for point in recorded["seeds"]["0"]["arms"]["lbr"]["curve"]] == [4, 8]
     call("demo", str(work), "--out", str(tmp_path / "checkpoint"))
     shipped = {path.name for path in (tmp_path / "checkpoint").iterdir()}

@@ -425,7 +425,7 @@ class Visit:
         settings = {"viewport": {"width": 1280, "height": 800}, "reduced_motion": "reduce", **settings}
         self.page = browser.new_page(**settings)
         self.path, self.complaints, self.requests = path, [], []
-        self.document = embedded(path.read_text())
+        self.document = embedded(path.read_text(encoding="utf-8"))
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message) or dialog.dismiss())
