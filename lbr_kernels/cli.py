@@ -29,7 +29,6 @@ from lbr_kernels import ops
 from lbr_kernels.decoding.adapter import UnsupportedModelError, require_supported
 from lbr_kernels.decoding.generate import LBRGenerateOutput, generate
 from lbr_kernels.decoding.loop import DecodingStats, StepView
-from lbr_kernels.decoding.routing import RouterLike
 from lbr_kernels.decoding.trajectory import DecodingSettings, TreeTrajectory
 from lbr_kernels.display import Decode, TreeView, comparison, progress
 from lbr_kernels.evaluation import reachability
@@ -37,6 +36,7 @@ from lbr_kernels.evaluation.demo import BATCH, DEPTHS, Demo, Measured
 from lbr_kernels.evaluation.digits import CONTINUES
 from lbr_kernels.evaluation.machine import processor
 from lbr_kernels.ops import _extension, _preferences
+from lbr_kernels.router import Router
 from lbr_kernels.trace import Trace, check_place, check_size, write_page
 
 app = typer.Typer(
@@ -57,7 +57,9 @@ Greedy = Annotated[bool, typer.Option("--greedy", help="Most likely candidates a
 Temperature = Annotated[float | None, typer.Option(min=1e-4, show_default="1.0")]
 TopK = Annotated[int | None, typer.Option(min=0, help="0: off.", show_default="0")]
 TopP = Annotated[float | None, typer.Option(min=0, max=1, show_default="1.0")]
-Seed = Annotated[int, typer.Option(help="Seed of all that is drawn, the demo's problems included.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Seed of all that is drawn, the demo's problems included.")
+]
 Pause = Annotated[float, typer.Option(min=0, help="Seconds to hold a decision between different tokens.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
@@ -236,7 +238,7 @@ def _decode(
     *,
     width: int,
     depth: int,
-    router: RouterLike | None,
+    router: Router | None,
     on_step: Callable[[StepView], None],
 ) -> tuple[LBRGenerateOutput, DecodingStats, TreeTrajectory]:
     """Local Branch Routing behind the prompt."""
@@ -249,6 +251,17 @@ def _decode(
     assert out.stats is not None
     assert out.trajectory is not None
     return out, out.stats, out.trajectory
+
+
+def _router(name: str | None, subject: Subject) -> Router | None:
+    """The router of that name, where the model is; what is wrong is printed."""
+    if name is None:
+        return None
+    try:
+        return Router.from_pretrained(name).to(subject.model.device).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise fail(f"--router is {name!r}, expected a router's directory or Hub id: {reason}") from error
 
 
 def _demo_subject(shipped: Demo, problem: reachability.Problem) -> Subject:
@@ -280,10 +293,11 @@ def generate_command(
     """Decode a prompt with any checkpoint, the tree rolling on the terminal; then the cost beside plain decoding."""
     drawing = Drawing(greedy, temperature, top_k, top_p, seed)
     subject = _load(model, prompt, chat=chat, dtype=dtype, device=device)
+    routes = _router(router, subject)
     try:
         with TreeView(console, subject.decode, subject.prompt, width=width, depth=depth, pause=pause) as view:
             out, stats, _ = _decode(
-                subject, drawing, max_new_tokens, width=width, depth=depth, router=router, on_step=view
+                subject, drawing, max_new_tokens, width=width, depth=depth, router=routes, on_step=view
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise fail(str(error)) from error
@@ -354,7 +368,7 @@ def trace(
             f"--html is {str(html)!r}: {error.strerror}; expected a regular file, or none yet, in a directory that can "
             "be written to"
         ) from error
-    routes: RouterLike | None
+    routes: Router | None
     judge: Callable[[LBRGenerateOutput], tuple[str, str]] | None
     if model is None or prompt is None:
         with console.status("looking for a problem that is worth showing"):
@@ -366,7 +380,8 @@ def trace(
         judge = partial(_verdict, shipped, problem)
     else:
         subject = _load(model, prompt, chat=chat, dtype=dtype, device=device)
-        routes, route_name = router, "none, uniform" if router is None else _public_name(router)
+        routes = _router(router, subject)
+        route_name = "none, uniform" if router is None else _public_name(router)
         judge = None
     ids = subject.inputs["input_ids"][0].tolist()
     recorded = Trace(subject.model, subject.decode, ids, width=width, depth=depth, max_new_tokens=max_new_tokens)

@@ -88,6 +88,8 @@ def test_generate_with_a_router_and_without_comparison(checkpoint):
     [
         (["--model", "/no/such/model", "--prompt", "a"], "error: cannot load '/no/such/model'"),
         (["--model", "CHECKPOINT", "--prompt", "a", "--router", "CHECKPOINT/router"], "router was made for depth 2"),
+        (["--model", "CHECKPOINT", "--prompt", "a", "--router", "CHECKPOINT"], "error: --router is '"),
+        (["--model", "CHECKPOINT", "--prompt", "a", "--router", "/no/router"], "error: --router is '/no/router', exp"),
         (["--model", "CHECKPOINT", "--prompt", "a", "--dtype", "int8"], "--dtype is 'int8', expected auto, float32"),
         (["--model", "CHECKPOINT", "--prompt", "a", "--chat"], "has no chat template"),
     ],

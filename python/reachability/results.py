@@ -128,7 +128,9 @@ class Study:
 
 
 def spread(values: Sequence[float] | NDArray[np.float64]) -> str:
-    """Mean and 95 % interval over seeds."""
+    """Mean and 95 % interval over seeds; nothing of none."""
+    if not len(values):
+        return ""
     middle, half = mean_interval(list(map(float, values)))
     return f"{middle:.3f} ± {half:.3f}" if len(values) > 1 else f"{middle:.3f}"
 
