@@ -329,6 +329,8 @@ def _probes(plt: Any, study: Study) -> Any:
         for index, arm in enumerate(arms):
             for place, name in enumerate(places):
                 values = study.probe(arm, f"target {kind}, branching {which}, {name}")
+                if not len(values):
+                    continue
                 where = place + (index - 1) * 0.27
                 axis.bar(where, values.mean(), 0.25, color=COLOURS[arm], label=NAMES[arm] if place == 0 else None)
                 axis.plot([where] * len(values), values, ".", color="black", markersize=3)
@@ -340,6 +342,8 @@ def _probes(plt: Any, study: Study) -> Any:
     for index, arm in enumerate(("cot", "oracle", "soft")):
         for place, name in enumerate(("last digit", "arrow")):
             values = study.probe(arm, f"node, {name}")
+            if not len(values):
+                continue
             where = place + (index - 1) * 0.27
             axes[4].bar(where, values.mean(), 0.25, color=COLOURS[arm], label=NAMES[arm] if place == 0 else None)
             axes[4].plot([where] * len(values), values, ".", color="black", markersize=3)
@@ -354,19 +358,19 @@ def _probes(plt: Any, study: Study) -> Any:
 
 # In the picture of costs: what is named, and where the name stands; what has none lies on its neighbours.
 LABELS: dict[Run, tuple[str, tuple[int, int]]] = {
-    ("cot", "sampled"): ("sampled", (6, -3)),
+    ("cot", "sampled"): ("sampled", (-6, -9)),
     ("cot", "greedy"): ("greedy", (-6, 4)),
-    ("cot", "majority of 3"): ("majority of 3", (6, -8)),
-    ("cot", "majority of 9"): ("majority of 9", (6, -8)),
+    ("cot", "majority of 3"): ("majority of 3", (6, 3)),
+    ("cot", "majority of 9"): ("majority of 9", (-6, 6)),
     ("cot", "Multiplex Thinking, K=3"): ("Multiplex, K=3", (6, -3)),
     ("soft", "soft, oracle"): ("Soft Thinking", (6, 4)),
     ("oracle", "oracle"): ("LBR among legal tokens", (6, 4)),
     ("lbr", "K=2 L=1"): ("K=2 L=1", (6, -8)),
-    ("lbr", "K=3 L=1"): ("K=3 L=1", (-6, 4)),
+    ("lbr", "K=3 L=1"): ("K=3 L=1", (6, -9)),
     ("lbr", "K=2 L=2"): ("K=2 L=2", (6, -3)),
     ("lbr", "K=3 L=2"): ("K=3 L=2", (6, -3)),
-    ("lbr", "majority of 3"): ("majority of 3", (6, 4)),
-    ("lbr", "majority of 9"): ("majority of 9", (6, 4)),
+    ("lbr", "majority of 3"): ("majority of 3", (6, -9)),
+    ("lbr", "majority of 9"): ("majority of 9", (-6, -9)),
     ("lbr", "K=3 L=2, majority of 3"): ("K=3 L=2, majority of 3", (-6, 5)),
 }
 
