@@ -205,7 +205,7 @@ def performance_section(run: Run) -> str:
         "Of the machine's roof (the least time for these bytes and operations at its measured read rate and peak) "
         f"`tree_attention` reaches {', '.join(shares)}.",
         "",
-        f"The trie on the demo's trained model, 50 problems at once, against the full tree: {trie}.",
+        f"The trie on the model that the demo had on that day, 50 problems at once, against the full tree: {trie}.",
         "",
         f"![Share of the machine's roof, by shape](bench/results/{run.path.stem}-attention.svg)",
         "",

@@ -197,7 +197,12 @@ GREEDY: Run = ("cot", "greedy")
 PAIRS: Sequence[tuple[Run, Run]] = [
     (("oracle", "oracle"), GREEDY),
     (GREEDY, ("soft", "soft, oracle")),
-    *((("lbr", f"K={width} L={depth}"), GREEDY) for depth in (1, 2) for width in (2, 3)),
+    *(
+        (("lbr", f"K={width} L={depth}"), plain)
+        for plain in (("lbr", "greedy"), GREEDY)
+        for depth in (1, 2)
+        for width in (2, 3)
+    ),
     *((("lbr", "K=3 L=2"), (arm, f"majority of {count}")) for arm in ("cot", "lbr") for count in (3, 9)),
     (("lbr", "K=3 L=2, majority of 3"), ("lbr", "majority of 9")),
 ]
@@ -393,8 +398,8 @@ def _cost(plt: Any, study: Study) -> Any:
                           color=COLOURS[arm], ha="left" if right > 0 else "right")  # fmt: skip
     for axis, label in zip(axes, ("nodes forwarded per problem", "milliseconds per problem"), strict=True):
         least, most = axis.dataLim.intervalx
-        axis.set(xlabel=label, xscale="log", xlim=(0.8 * least, 1.4 * most))
-        axis.set_xticks([tick for tick in (3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60) if 0.8 * least < tick < 1.4 * most])
+        axis.set(xlabel=label, xscale="log", xlim=(0.72 * least, 1.4 * most))
+        axis.set_xticks([tick for tick in (3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60) if 0.72 * least < tick < 1.4 * most])
         axis.set_xticks([], minor=True)
         axis.xaxis.set_major_formatter("{x:g}")
     axes[0].set(ylabel="target accuracy, test graphs")
