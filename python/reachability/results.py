@@ -14,7 +14,6 @@ from lbr_kernels.evaluation.statistics import mean_interval
 
 COLOURS = {
     "cot": "#c46a1a", "soft": "#8a6fb0", "oracle": "#2e8b57", "lbr": "#1f5fa8", "independent": "#7fa8cf",
-    "other": "#8b8b8b",
 }  # fmt: skip
 BY_DEPTH = {"lbr": {1: COLOURS["lbr"], 2: "#0b2545"}, "independent": {1: COLOURS["independent"], 2: "#b58900"}}
 NAMES = {
