@@ -35,9 +35,10 @@ from lbr_kernels.evaluation import reachability
 from lbr_kernels.evaluation.demo import BATCH, DEPTHS, Demo, Measured
 from lbr_kernels.evaluation.digits import CONTINUES
 from lbr_kernels.evaluation.machine import processor
+from lbr_kernels.files import check_place
 from lbr_kernels.ops import _extension, _preferences
 from lbr_kernels.router import Router
-from lbr_kernels.trace import Trace, check_place, check_size, write_page
+from lbr_kernels.trace import Trace, check_size, write_page
 
 app = typer.Typer(
     help="Local Branch Routing: decode with a rolling lookahead tree.", no_args_is_help=True, add_completion=False

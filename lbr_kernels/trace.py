@@ -28,10 +28,8 @@ characters of the one before and ``add``.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -45,6 +43,7 @@ from transformers import PreTrainedModel
 from lbr_kernels.decoding.adapter import ModelAdapter, unwrapped
 from lbr_kernels.decoding.loop import StepView
 from lbr_kernels.decoding.trajectory import DecodingSettings
+from lbr_kernels.files import write_whole
 from lbr_kernels.ops.tree_shape import num_slots
 
 MOST_SLOTS, MOST_STEPS, NEXT_TOKENS, PROMPT_CHARACTERS = 64, 256, 5, 4000
@@ -253,36 +252,6 @@ def page(document: dict[str, Any]) -> str:
     return TEMPLATE.read_text(encoding="utf-8").replace(_PLACE, data, 1)
 
 
-def check_place(path: Path) -> None:
-    """Raise ``OSError`` where :func:`write_page` could not write to ``path``; nothing is left behind."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    # Whether a folder can be written to is known once it has been: permissions alone do not say.
-    part = _part(_target(path))
-    part.touch()
-    part.unlink()
-
-
 def write_page(path: Path, document: dict[str, Any]) -> None:
-    """Write the page: the file is there as a whole or as it was before. A link stays, and what it leads to is written.
-
-    Raises ``OSError`` where the page cannot be written, and where there is something that is no regular file.
-    """
-    text = page(document)
-    check_place(path)
-    target = _target(path)
-    part = _part(target)
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _target(path: Path) -> Path:
-    return Path(os.path.realpath(path))
-
-
-def _part(target: Path) -> Path:
-    """What becomes the page once it is whole."""
-    return target.with_name(f".{target.name}.{os.getpid()}.part")
+    """Write the page, whole or not at all; raises ``OSError`` as ``write_whole`` does."""
+    write_whole(path, page(document))

@@ -75,10 +75,3 @@ class State:
 def checkpoints(out: Path) -> list[Path]:
     """The complete ones, the latest last."""
     return sorted(path for path in out.glob("checkpoint-*") if path.suffix != ".partial")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is the old or the new one, whenever the process is killed."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from checkpoint import State, checkpoints, replace_text
+from checkpoint import State, checkpoints
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rollout import answer, entropies
@@ -37,6 +37,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM
 
 from lbr_kernels import Router
+from lbr_kernels.files import write_whole
 from lbr_kernels.options import one_of
 from lbr_kernels.training import grpo_loss
 
@@ -152,9 +153,9 @@ def main(
     elif log.exists() and not resume:
         raise typer.BadParameter(f"{out} holds a run already: --resume goes on with it")
     else:
-        described.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
+        write_whole(described, json.dumps(asdict(settings), indent=2) + "\n")
         kept = [json.dumps({"update": 0, "held_out": held_out(state, settings)}) + "\n"]
-    replace_text(log, "".join(kept))
+    write_whole(log, "".join(kept))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         log.open("a", buffering=1, encoding="utf-8") as file,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lbr_kernels.evaluation.statistics import mean_interval
+from lbr_kernels.files import write_whole
 
 COLOURS = {
     "cot": "#c46a1a", "soft": "#8a6fb0", "oracle": "#2e8b57", "lbr": "#1f5fa8", "independent": "#7fa8cf",
@@ -267,7 +268,7 @@ def write_tables(path: Path, page: Path) -> None:
         begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
         first = text.index(begin) + len(begin)
         text = text[:first] + table(study) + text[text.index(end, first) :]
-    page.write_text(text, encoding="utf-8")
+    write_whole(page, text)
 
 
 def draw(path: Path) -> list[Path]:

@@ -48,6 +48,7 @@ from lbr_kernels.baselines import PAPER_FILTERS
 from lbr_kernels.evaluation.demo import CHECKPOINT
 from lbr_kernels.evaluation.machine import machine
 from lbr_kernels.evaluation.reachability import Problem, ReachabilityOptions, Split, evaluation_problems
+from lbr_kernels.files import write_whole
 from lbr_kernels.options import one_of
 from lbr_kernels.router import Router
 
@@ -438,7 +439,7 @@ def report(
     folder = (results or work).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{data['date']}-study-{preset}.json"
-    path.write_text(json.dumps(data) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(data) + "\n")
     console.print(str(path), highlight=False, soft_wrap=True)
     figures(path)
 
@@ -506,9 +507,7 @@ def _read(path: Path) -> Any:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     """All of it or nothing: an interrupted run is not taken for a finished one."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
