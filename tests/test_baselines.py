@@ -532,6 +532,7 @@ REFUSED = [
     (soft_thinking, {"top_n": 0}, ValueError, "top_n is 0, expected an integer >= 1"),
     (soft_thinking, {"cold_stop_steps": 0}, ValueError, "cold_stop_steps is 0, expected an integer >= 1"),
     (soft_thinking, {"cold_stop_entropy": -1.0}, ValueError, r"cold_stop_entropy is -1\.0, expected a finite number"),
+    (soft_thinking, {"cold_stop_entropy": "x"}, ValueError, "cold_stop_entropy is 'x', expected a finite number"),
     (soft_thinking, {"cold_stop_entropy": math.nan}, ValueError, "cold_stop_entropy is nan, expected a finite number"),
     (soft_thinking, {"num_return_sequences": 2}, ValueError, "num_return_sequences is 2, expected 1 where do_sample"),
     (

@@ -52,6 +52,8 @@ REFUSED = [
     ({"router_temperature": 0.0}, ValueError, "router_temperature is 0.0, expected a finite number > 0"),
     ({"candidate_min_p": 2.0}, ValueError, "candidate_min_p is 2.0, expected 0 <= candidate_min_p <= 1"),
     ({"backend": "gpu"}, RuntimeError, "backend 'gpu' cannot run: there is no such backend, known are reference"),
+    ({"streams": "ab"}, ValueError, "streams is 'ab', expected 2 integers: one per row"),
+    ({"streams": [1, None]}, ValueError, r"streams is \[1, None\], expected 2 integers: one per row"),
     ({"streams": [1, 2, 3]}, ValueError, r"streams has shape \[3\], expected \[2\]: one per row"),
     ({"temprature": 0.5}, TypeError, "unknown argument 'temprature'; did you mean 'temperature'?"),
     ({"widht": 3}, TypeError, "unknown argument 'widht'; did you mean 'width'?"),

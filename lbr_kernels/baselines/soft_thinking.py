@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -106,7 +107,8 @@ def soft_thinking(
     require_type(_NAME, "generator", generator, torch.Generator)
     top_n = whole_number(_NAME, "top_n", top_n, least=1)
     cold_stop_steps = whole_number(_NAME, "cold_stop_steps", cold_stop_steps, least=1)
-    if isinstance(cold_stop_entropy, bool) or not 0 <= cold_stop_entropy < math.inf:
+    threshold: Any = cold_stop_entropy
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= float(threshold) < math.inf:
         raise ValueError(f"{_NAME}: cold_stop_entropy is {cold_stop_entropy!r}, expected a finite number >= 0")
     arguments = GenerateArguments(Caller(_NAME, "Soft Thinking", soft_thinking), model, inputs, kwargs)
     end = checked_end(arguments, end_of_thinking)

@@ -157,7 +157,10 @@ def row_streams(caller: str, streams: Sequence[int] | Tensor | None, rows: int, 
     """The rows' random streams, int64 ``[rows]``; raises ``ValueError`` unless there is one integer for each."""
     if streams is None:
         return torch.arange(rows, device=device)
-    streams = torch.as_tensor(streams, device=device)
+    try:
+        streams = torch.as_tensor(streams, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{caller}: streams is {streams!r}, expected {rows} integers: one per row") from None
     if streams.is_floating_point() or streams.is_complex() or streams.dtype == torch.bool:
         raise ValueError(f"{caller}: streams has dtype {streams.dtype}, expected integers")
     streams = streams.to(torch.int64)
