@@ -84,10 +84,6 @@ class Study:
         """A method's runs by seed, of every seed that has one."""
         return {seed: told["arms"][name] for seed, told in self.seeds.items() if name in told["arms"]}
 
-    def star(self, arm: str) -> str:
-        """What a table puts behind a method whose runs are from an earlier JSON."""
-        return r"\*" if any("from" in run for run in self.arm(arm).values()) else ""
-
     def curve(self, arm: str, key: str) -> NDArray[np.float64]:
         """``[seeds, points]`` of what was kept along the way."""
         return np.array([[point[key] for point in run["curve"]] for run in self.arm(arm).values()], dtype=np.float64)
@@ -108,9 +104,9 @@ class Study:
         return [(arm, way) for arm, ways in names.items() for way in ways]
 
     def differences(self, first: Run, second: Run) -> NDArray[np.float64]:
-        """Accuracy of one way of decoding above another's, for each seed in which both started from one model."""
+        """Accuracy of one way of decoding above another's, for each seed: both started from one model."""
         runs = [self.arm(arm) for arm, _ in (first, second)]
-        seeds = [seed for seed in runs[0] if seed in runs[1] and len({run[seed].get("from") for run in runs}) == 1]
+        seeds = [seed for seed in runs[0] if seed in runs[1]]
         told = [
             [run[seed]["decoded"][way]["last"]["accuracy"] for run, (_, way) in zip(runs, (first, second), strict=True)]
             for seed in seeds
@@ -148,7 +144,7 @@ def paper_table(study: Study) -> str:
                 values = study.decoded(name, key, "accuracy") if kind == "decoded" else study.probe(name, key)
                 parts += [spread(values)] if len(values) else []
         if parts:
-            lines.append(f"| {figure} | {what}{study.star(sources[0][1])} | {theirs} | {' / '.join(parts)} |")
+            lines.append(f"| {figure} | {what} | {theirs} | {' / '.join(parts)} |")
     return "\n".join(lines)
 
 
@@ -164,7 +160,7 @@ def ways_table(study: Study) -> str:
         runs = [run["decoded"][way]["last"]["by_hops"] for run in study.arm(arm).values() if way in run["decoded"]]
         time = study.seconds(arm, way)
         cells = [
-            NAMES[arm] + study.star(arm),
+            NAMES[arm],
             way,
             *(spread(study.decoded(arm, way, "accuracy", kind)) for kind in ("last", "best")),
             *(f"{np.mean([run[count] for run in runs]):.3f}" for count in hops),
@@ -216,7 +212,7 @@ def pairs_table(study: Study) -> str:
         if not len(each):
             continue
         nodes = [study.decoded(arm, way, "nodes_per_problem").mean() for arm, way in pair]
-        names = [f"{NAMES[arm]}{study.star(arm)}, {way}" for arm, way in pair]
+        names = [f"{NAMES[arm]}, {way}" for arm, way in pair]
         cells = [*names, spread(each), f"{each.min():+.3f} to {each.max():+.3f}", f"{nodes[0] / nodes[1]:.2f} times"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -245,7 +241,7 @@ def headline_table(study: Study) -> str:
             continue
         shown = f"{accuracy.mean():.3f} ({accuracy.min():.3f} to {accuracy.max():.3f})"
         time = study.seconds(arm, way)
-        cells = [name + study.star(arm), shown, f"{nodes.mean():.1f}", "" if time is None else f"{1000 * time[0]:.1f}"]
+        cells = [name, shown, f"{nodes.mean():.1f}", "" if time is None else f"{1000 * time[0]:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -393,39 +393,26 @@ def report(
     results: Annotated[
         Path | None, typer.Option(help="Where JSON and figures go: WORK, if not given.", file_okay=False)
     ] = None,
-    earlier: Annotated[
-        Path | None, typer.Option(help="An earlier JSON, for runs that WORK lacks.", exists=True, dir_okay=False)
-    ] = None,
 ) -> None:
     """Write the JSON of all runs, draw the figures, and fill in the tables of a page that is beside them."""
     found_folders = (path for path in work.glob("seed-*") if path.name.removeprefix("seed-").isdecimal())
     folders = sorted(found_folders, key=lambda folder: int(folder.name.removeprefix("seed-")))
-    known = {} if earlier is None else _read(earlier)["seeds"]
-    absent: list[str] = []
-    found: dict[str, dict[str, Any]] = {}
-    for folder in folders:
-        seed, arms = folder.name.removeprefix("seed-"), {}
-        told = known.get(seed, {}).get("arms", {})
-        for arm in ARMS:
-            parts = [folder / f"{arm}{part}.json" for part in ("", "-judged")]
-            if all(path.exists() for path in parts):
-                arms[arm] = _read(parts[0]) | _read(parts[1])
-            elif earlier is not None and arm in told:
-                arms[arm] = {"from": earlier.name} | told[arm]
-            else:
-                absent += [str(path.relative_to(work)) for path in parts if not path.exists()]
-        base = folder / "base.json"
-        absent += [] if base.exists() else [str(base.relative_to(work))]
-        found[seed] = {"base": _read(base) if base.exists() else {}, "arms": arms}
-    if not (work / "times.json").exists():
-        absent.append("times.json")
-    absent = absent if earlier is None else [name for name in absent if name.endswith(("base.json", "times.json"))]
+    names = ["base", *(f"{arm}{part}" for arm in ARMS for part in ("", "-judged"))]
+    wanted = [*(folder / f"{name}.json" for folder in folders for name in names), work / "times.json"]
+    absent = [str(path.relative_to(work)) for path in wanted if not path.exists()]
     if absent or not folders:
-        what = ", ".join(absent[:3]) or "runs"
+        what = ", ".join(absent[:3]) if folders else "runs"
         raise typer.BadParameter(f"{work} has no {what}; `synthetic.py run` makes what is missing", param_hint="WORK")
-    presets = {preset_of(folder) for folder in folders if (folder / "base.json").exists()}
+    presets = {preset_of(folder) for folder in folders}
     if len(presets) > 1:
         raise typer.BadParameter(f"{work} holds runs of {' and '.join(sorted(presets))}", param_hint="WORK")
+    found = {
+        folder.name.removeprefix("seed-"): {
+            "base": _read(folder / "base.json"),
+            "arms": {arm: _read(folder / f"{arm}.json") | _read(folder / f"{arm}-judged.json") for arm in ARMS},
+        }
+        for folder in folders
+    }
     preset = presets.pop()
     seeds = "".join(f" --seed {seed}" for seed in found)
     data = {
