@@ -30,7 +30,7 @@ study: $(VENV)/.test  ## The paper's synthetic study: an hour a seed on two core
 
 test: $(VENV)/.test  ## Build the kernels and run the tests.
 	$(BIN)/lbr-kernels build
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal --durations=15 --durations-min=5
 
 lint: $(VENV)/.lint  ## ruff, mypy and clang-format.
 	$(BIN)/ruff check .
