@@ -23,7 +23,7 @@ demo: $(VENV)/.package  ## Watch a small model decode with a rolling lookahead t
 	$(BIN)/lbr-kernels build
 	$(BIN)/lbr-kernels demo
 
-study: $(VENV)/.test  ## The paper's synthetic study: an hour a seed on two cores; PRESET=smoke SEEDS=0 takes 2 minutes.
+study: $(VENV)/.test  ## The paper's synthetic study: up to an hour a seed on two cores; PRESET=smoke SEEDS=0 takes 2 minutes.
 	$(BIN)/lbr-kernels build
 	$(BIN)/python python/reachability/synthetic.py run $(STUDY)/$(PRESET) --preset $(PRESET) --jobs $(JOBS) $(addprefix --seed ,$(SEEDS))
 	$(BIN)/python python/reachability/synthetic.py report $(STUDY)/$(PRESET) --results $(STUDY)
