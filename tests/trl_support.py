@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -145,6 +146,9 @@ def main(options: dict[str, Any]) -> None:
     train(options)
     if "again" in options:
         train(options["again"])
+    if torch.distributed.is_initialized():
+        # All is written. Threads of gloo that still run while a process is taken down may abort it, once in a while.
+        os._exit(0)
 
 
 def train(options: dict[str, Any]) -> None:
