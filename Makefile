@@ -49,18 +49,16 @@ SANITIZED = LBR_KERNELS_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 KERNEL_TESTS = $(addprefix tests/test_,tree_attention.py commit.py sample_children.py route.py linear.py bad_input.py)
 CUDA_TESTS = $(addprefix tests/test_,tree_attention.py tree_attention_cuda.py commit.py commit_cuda.py sample_children.py sample_children_cuda.py route.py route_cuda.py simt.py)
 
-MORE_THREADS = 4
-test-sanitize: $(VENV)/.test  ## The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer; 1 and 4 threads.
-	OMP_NUM_THREADS=1 $(SANITIZED) $(BIN)/pytest -q -n $(JOBS) --capture=sys $(KERNEL_TESTS) \
-		-k "not simt and not triton and not never_drawn"
-	set -e; for threads in $(MORE_THREADS); do OMP_NUM_THREADS=$$threads $(SANITIZED) \
+THREADS = 4
+test-sanitize: $(VENV)/.test  ## The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on 4 threads.
+	set -e; for threads in $(THREADS); do OMP_NUM_THREADS=$$threads $(SANITIZED) \
 		$(BIN)/pytest -q --capture=sys $(KERNEL_TESTS) -k "not simt and not triton and not never_drawn"; done
 	OMP_NUM_THREADS=2 $(SANITIZED) $(BIN)/pytest -q --capture=sys tests/test_packed_tree_attention.py \
 		-k "cpu-avx and not compiles and not any_shape and not long"
 	$(SANITIZED) $(BIN)/pytest -q -n $(JOBS) --capture=sys $(CUDA_TESTS) -k "(simt or cuda) and not triton" --simt-seed=1
 
 test-full: GPU_CHECK = --full
-test-full: MORE_THREADS = 2 4
+test-full: THREADS = 1 2 4
 test-full: test test-sanitize gpu-check  ## All of it: other schedules of the CUDA kernels too; 80 minutes at most.
 	set -e; for seed in 2 3 4 5 6 7 8 9; do \
 		OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) $(CUDA_TESTS) tests/test_barriers.py tests/test_sample_children_barriers.py tests/test_route_barriers.py -k "(simt or cuda or barriers) and not triton" --simt-seed=$$seed; done

@@ -122,7 +122,7 @@ class Extension:
     def cxx_flags(self) -> list[str]:
         """What the C++ compiler is given."""
         cuda = ["-DUSE_CUDA"] if self._cuda else []
-        return [*_COMMON_FLAGS, *_CXX_FLAGS, *cuda, *link_flags(), *(["-O1", "-g"] if link_flags() else [])]
+        return [*_COMMON_FLAGS, *_CXX_FLAGS, *cuda, *link_flags(), *(["-O1", "-g1"] if link_flags() else [])]
 
     def nvcc_flags(self) -> list[str]:
         """What nvcc is given, but for :meth:`architecture_flags`."""
