@@ -78,14 +78,16 @@ def build(
 
 
 def _digest(sources: Sequence[Path], include: Sequence[Path], options: Sequence[str]) -> str:
-    """Of all that a build depends on. Of csrc/cuda every build needs primitives.cuh, the rest where it is a source."""
-    folders = {source.parent for source in sources} | set(include) - {_CUDA}
+    """Of all that a build may depend on: the sources, the shim, every header in their folders and in csrc but cpu/."""
+    csrc = _extension.source_dir()
+    folders = {source.parent for source in sources} | set(include) | {csrc}
     headers = {path for folder in folders for path in folder.rglob("*") if path.suffix in (".h", ".cuh")}
-    shim = {SIMT / "simt.cpp", SIMT / "module.cpp", _CUDA / "primitives.cuh"}
+    headers = {path for path in headers if csrc / "cpu" not in path.parents}
     digest = hashlib.sha256(" ".join(options).encode())
-    for path in sorted({*sources, *headers, *shim}):
-        # By name: a checkout elsewhere has the same build. What a name stands for is in the content.
-        digest.update(path.name.encode() + path.read_bytes())
+    # By name and content: a checkout elsewhere has the same build.
+    files = {*sources, *headers, SIMT / "simt.cpp", SIMT / "module.cpp"}
+    for name, content in sorted((path.name, path.read_bytes()) for path in files):
+        digest.update(name.encode() + content)
     return digest.hexdigest()[:12]
 
 

@@ -53,3 +53,20 @@ def test_what_is_no_file_is_left_as_it_is(tmp_path):
             write_whole(place, "")
     assert pipe.is_fifo()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_permissions_stay(tmp_path):
+    path = tmp_path / "a.txt"
+    path.touch(mode=0o600)
+    write_whole(path, "private")
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_names_that_are_hard(tmp_path):
+    longest, loop = tmp_path / ("a" * 255), tmp_path / "loop"
+    write_whole(longest, "here")
+    assert longest.read_text() == "here"
+    loop.symlink_to(loop)
+    with pytest.raises(OSError, match="symbolic links"):
+        write_whole(loop, "")
+    assert loop.is_symlink()

@@ -461,6 +461,16 @@ def test_smoke(tmp_path: Path):
     assert [point["step"] for point in recorded["seeds"]["0"]["arms"]["lbr"]["curve"]] == [4, 8]
     call("demo", str(work), "--out", str(tmp_path / "checkpoint"))
     shipped = {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    # Again in its place, over a link and what a killed run has left; not over what is somebody's, nor the package's.
+    (tmp_path / "link").symlink_to("checkpoint")
+    (tmp_path / "checkpoint.new").mkdir()
+    call("demo", str(work), "--out", str(tmp_path / "link"))
+    assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == shipped
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "checkpoint" / "thesis.txt").touch()
+    for arguments in (["--out", str(tmp_path / "checkpoint")], []):
+        assert CliRunner().invoke(synthetic.app, ["demo", str(work), *arguments]).exit_code == 2
+    assert (tmp_path / "checkpoint" / "thesis.txt").exists()
     assert {"config.json", "model.safetensors", "tokenizer.json", "router-depth1", "router-depth2"} <= shipped
     problem = evaluation_problems(OPTIONS, 2, hops=(1,), seed=0)[0]
     assert not check_answer(problem, [EOS], OPTIONS).correct
@@ -526,8 +536,14 @@ def test_refusals(tmp_path: Path):
     assert "no cot: " in refused("judge", work, "cot")
     assert "--preset cpu" in refused("demo", work, "--out", tmp_path / "new")
     assert "is no checkpoint" in refused("demo", work, "--out", kept)
+    other = work / "seed-1"
+    other.mkdir()
+    (other / "base.json").write_text('{"preset": "cpu"}', encoding="utf-8")
+    assert "'gpu', not 'cpu'" in refused("run", work, "--preset", "cpu", "--seed", "2")
+    for path in (other / "base.json", other):
+        path.unlink() if path.is_file() else path.rmdir()
     assert "--seed" in refused("judge", work, "cot", "--seed", "-1")
-    for text in ("{}", "[", '{"seeds": {}}'):
+    for text in ("{}", "[", "[]", "1", '{"seeds": {}}'):
         (seed / "other.json").write_text(text, encoding="utf-8")
         assert "is no JSON of" in refused("figures", seed / "other.json")
     assert (kept / "thesis.txt").read_text(encoding="utf-8") == "mine"

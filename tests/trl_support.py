@@ -148,6 +148,8 @@ def main(options: dict[str, Any]) -> None:
         train(options["again"])
     if torch.distributed.is_initialized():
         # All is written. Threads of gloo that still run while a process is taken down may abort it, once in a while.
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(0)
 
 

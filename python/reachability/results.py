@@ -74,11 +74,13 @@ Run = tuple[str, str]  # a method, and how it was decoded
 
 
 class Study:
-    """The runs of one size, by seed."""
+    """The runs of one size, by seed; ``KeyError`` where there are none."""
 
     def __init__(self, path: Path) -> None:
         self.data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         self.seeds: dict[str, dict[str, Any]] = self.data["seeds"]
+        if not self.seeds:
+            raise KeyError("seeds")
 
     def arm(self, name: str) -> dict[str, dict[str, Any]]:
         """A method's runs by seed, of every seed that has one."""
@@ -282,8 +284,8 @@ def draw(path: Path) -> list[Path]:
     drawings = {"training": _training, "cost": _cost}
     if any(run["probes"] for arm in NAMES for run in study.arm(arm).values()):
         drawings["probes"] = _probes
-    for name, drawing in drawings.items():
-        figure = drawing(plt, study)
+    figures = {name: drawing(plt, study) for name, drawing in drawings.items()}  # all, before one is written
+    for name, figure in figures.items():
         figure.tight_layout()
         files.append(path.with_name(f"{path.stem}-{name}.svg"))
         figure.savefig(files[-1], metadata={"Date": None}, bbox_inches="tight")
@@ -302,15 +304,17 @@ def _training(plt: Any, study: Study) -> Any:
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.4))
     for arm in NAMES:
         steps, minutes, accuracy = (study.curve(arm, key) for key in ("step", "minutes", "accuracy"))
+        if not len(steps):
+            continue
         label = f"{NAMES[arm]} ({DECODED[arm]})"
         _line(axes[0], steps[0], accuracy, COLOURS[arm], label)
         _line(axes[1], np.median(minutes, axis=0), accuracy, COLOURS[arm], label)
     routers = [("oracle", "", COLOURS["oracle"])]
     routers += [(arm, f" K=3 L={depth}", BY_DEPTH[arm][depth]) for arm in BY_DEPTH for depth in (1, 2)]
     for arm, name, colour in routers:
-        steps, label = study.curve(arm, "step")[0], f"{NAMES[arm]}{name}"
-        for axis, key in ((axes[2], "router accuracy"), (axes[3], "router divergence")):
-            _line(axis, steps, study.curve(arm, key + name), colour, label)
+        steps, label = study.curve(arm, "step"), f"{NAMES[arm]}{name}"
+        for axis, key in ((axes[2], "router accuracy"), (axes[3], "router divergence")) if len(steps) else ():
+            _line(axis, steps[0], study.curve(arm, key + name), colour, label)
     titles = ("target accuracy, validation graphs", "the same by time", "router accuracy", "KL to the right candidates")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="steps")

@@ -358,10 +358,9 @@ def run(
 ) -> None:
     """Train, judge and time everything that WORK does not hold yet; seed 0 if none is given."""
     seeds = sorted(set(seeds or [0]))
-    for seed in seeds:
-        folder = work / f"seed-{seed}"
-        if (folder / "base.json").exists() and (found := preset_of(folder)) != preset:
-            raise typer.BadParameter(f"{folder} holds runs of {found!r}, not {preset!r}", param_hint="--preset")
+    for path in work.glob("seed-*/base.json"):
+        if (found := preset_of(path.parent)) != preset:
+            raise typer.BadParameter(f"{path.parent} holds runs of {found!r}, not {preset!r}", param_hint="--preset")
 
     def call(command: str, *arguments: str, seed: int) -> None:
         subprocess.run([sys.executable, __file__, command, str(work), *arguments, "--seed", str(seed)], check=True)
@@ -424,7 +423,12 @@ def report(
         "seeds": found,
     }
     folder = (results or work).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder == RESULTS and preset == "smoke":
+        raise typer.BadParameter(f"{work} holds runs of 'smoke', which say nothing", param_hint="WORK")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{folder} cannot be made ({error.strerror})", param_hint="--results") from error
     path = folder / f"{data['date']}-study-{preset}.json"
     write_whole(path, json.dumps(data) + "\n")
     console.print(str(path), highlight=False, soft_wrap=True)
@@ -436,7 +440,7 @@ def figures(path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, re
     """Draw the figures again, and fill in the tables of study.md beside them, and of README.md for the repository's."""
     try:
         drawn = draw(path)
-    except (KeyError, IndexError, AttributeError, StopIteration, json.JSONDecodeError) as error:
+    except (KeyError, IndexError, AttributeError, StopIteration, TypeError, ValueError) as error:
         raise typer.BadParameter(f"{path} is no JSON of `synthetic.py report` ({error!r})") from error
     pages = [path.with_name("study.md"), *([RESULTS.parents[1] / "README.md"] if path.parent == RESULTS else [])]
     pages = [page for page in pages if page.exists()]
@@ -452,19 +456,25 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory of the checkpoint.", file_okay=False)] = CHECKPOINT,
 ) -> None:
     """Write the checkpoint that the package ships: of all seeds' the best on validation graphs."""
-    if out.exists() and not (out / "config.json").exists():
+    out = out.resolve()
+    if out.exists() and not (out.is_dir() and (out / "config.json").exists()):
         raise typer.BadParameter(f"{out} is there and is no checkpoint", param_hint="--out")
     folders = [path.parent for path in sorted(work.glob("seed-*/base.json"))]
     whole = [
         folder for folder in folders if all((folder / part).exists() for part in ("lbr.json", "lbr/best/config.json"))
     ]
-    if not whole or any(PRESETS[preset_of(folder)].options != ReachabilityOptions() for folder in whole):
+    task = all(PRESETS[preset_of(folder)].options == ReachabilityOptions() for folder in whole)
+    if not whole or not task or (out == CHECKPOINT.resolve() and preset_of(whole[0]) != "cpu"):
         raise typer.BadParameter(f"{work} has no lbr of --preset cpu, the demo's task", param_hint="WORK")
     told = {folder: _read(folder / "lbr.json")["curve"] for folder in whole}
     accuracy = {folder: max(point["accuracy"] for point in curve) for folder, curve in told.items()}
     best = max(accuracy, key=lambda folder: accuracy[folder])
+    source = best / "lbr" / "best"
+    if out.exists() and (others := {path.name for path in out.iterdir()} - {path.name for path in source.iterdir()}):
+        raise typer.BadParameter(f"{out} holds {min(others)}, which is not of a checkpoint", param_hint="--out")
     new = out.with_name(f"{out.name}.new")
-    shutil.copytree(best / "lbr" / "best", new)
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+    shutil.copytree(source, new)
     shutil.rmtree(out, ignore_errors=True)
     new.rename(out)
     console.print(f"{best} with {accuracy[best]:.3f} on validation graphs", highlight=False)
@@ -489,7 +499,10 @@ def commit() -> str | None:
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise typer.BadParameter(f"{path} is no JSON ({error})", param_hint="WORK") from error
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
