@@ -7,15 +7,20 @@ are built with the sanitizers.
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import simt_build
 import torch
 from simt_build import SIMT, build, sanitized
 from torch import Tensor
+
+from lbr_kernels.ops import _extension
 
 SEEDS = range(10)
 SOURCE = SIMT / "self_test.cu"
@@ -51,6 +56,23 @@ def line(kernel: str, call: str, occurrence: int = 0) -> str:
     for _ in range(occurrence + 1):
         at = text.index(call, at + 1)
     return f"self_test.cu:{text.count(chr(10), 0, at) + 1}"
+
+
+def test_a_build_is_named_by_what_it_is_made_of(tmp_path, monkeypatch):
+    """Wherever that stands: every header of csrc counts, those for CPUs do not."""
+
+    def name(csrc: Path) -> str:
+        monkeypatch.setattr(simt_build._extension, "source_dir", lambda: csrc)
+        return simt_build._digest([SOURCE], [SIMT, csrc / "cuda"], ["-O2"])
+
+    here, there = (shutil.copytree(_extension.source_dir(), tmp_path / folder) for folder in ("here", "there"))
+    first = name(here)
+    assert name(there) == first
+    for header, counts in (("cpu/simd.h", False), ("params.h", True), ("cuda/block_group.cuh", True)):
+        with (there / header).open("a", encoding="utf-8") as file:
+            file.write("// changed\n")
+        assert (name(there) != first) == counts, header
+        shutil.copyfile(here / header, there / header)
 
 
 # ---- Barriers, and who gets ahead where one is missing ----

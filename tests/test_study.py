@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -540,8 +541,7 @@ def test_refusals(tmp_path: Path):
     other.mkdir()
     (other / "base.json").write_text('{"preset": "cpu"}', encoding="utf-8")
     assert "'gpu', not 'cpu'" in refused("run", work, "--preset", "cpu", "--seed", "2")
-    for path in (other / "base.json", other):
-        path.unlink() if path.is_file() else path.rmdir()
+    shutil.rmtree(other)
     assert "--seed" in refused("judge", work, "cot", "--seed", "-1")
     for text in ("{}", "[", "[]", "1", '{"seeds": {}}'):
         (seed / "other.json").write_text(text, encoding="utf-8")

@@ -409,6 +409,15 @@ def test_what_leaves_is_pointed_at_in_vain(browser, demo_page):
     assert all(one == ["none", True] for one in leaving)
 
 
+def test_a_prompt_s_direction_ends_with_it(browser, llama, tmp_path):
+    """A right-to-left override that is never closed leaves the text behind the prompt where it is."""
+    document, path = traced(llama, steps=4)[0], tmp_path / "t.html"
+    write_page(path, {**document, "prompt": "abc \u202edef "})
+    with Visit(browser, path, "#step-4-grow") as visit:
+        prompt, committed = (visit.page.locator(part).bounding_box() for part in ("#prompt", "#committed"))
+        assert committed["x"] >= prompt["x"] + prompt["width"] - 1
+
+
 @pytest.mark.parametrize(("width", "depth"), [(3, 2), (6, 1), (2, 3)])
 def test_hostile_tokens_are_shown_as_text(browser, llama, tmp_path, width, depth):
     document, _ = traced(llama, hostile, width=width, depth=depth, steps=8)

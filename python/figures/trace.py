@@ -7,9 +7,7 @@ The decision is the one in which the router is surest among those whose candidat
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +21,7 @@ OUT = Path(__file__).resolve().parents[2] / "docs" / "trace.png"
 
 
 def surest(document: dict[str, Any]) -> int:
-    """The number of the step, from 1."""
+    """The step's index."""
     nodes, width = document["nodes"], document["width"]
 
     def certainty(step: dict[str, Any]) -> float:
@@ -32,22 +30,24 @@ def surest(document: dict[str, Any]) -> int:
         shares = [math.exp(value) for token, value in zip(tokens, step["router"], strict=True) if token == chosen]
         return sum(shares) if len(set(tokens)) > 1 else -math.inf
 
-    return 1 + max(range(len(document["steps"])), key=lambda number: certainty(document["steps"][number]))
+    return max(range(len(document["steps"])), key=lambda number: certainty(document["steps"][number]))
 
 
 def main() -> None:
     """Decode, choose, take the picture."""
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        raise SystemExit("no Chromium is installed (apt-get install chromium)")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
         page = Path(folder) / "trace.html"
         subprocess.run([sys.executable, "-m", "lbr_kernels", "trace", "--html", str(page)], check=True)
-        (data,) = re.findall(r'id="document">(.*?)</script>', page.read_text(encoding="utf-8"), flags=re.DOTALL)
         # Its sandbox needs what root in a container does not have.
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         view = browser.new_page(
             viewport={"width": 1280, "height": 800}, device_scale_factor=1.5, reduced_motion="reduce"
         )
-        view.goto(f"{page.as_uri()}#step-{surest(json.loads(data))}-route")
+        view.goto(page.as_uri())
+        view.evaluate(f"go({surest(view.evaluate('DATA'))}, PHASES.indexOf('route'))")
         view.screenshot(path=OUT)
         browser.close()
 

@@ -313,7 +313,9 @@ def _training(plt: Any, study: Study) -> Any:
     routers += [(arm, f" K=3 L={depth}", BY_DEPTH[arm][depth]) for arm in BY_DEPTH for depth in (1, 2)]
     for arm, name, colour in routers:
         steps, label = study.curve(arm, "step"), f"{NAMES[arm]}{name}"
-        for axis, key in ((axes[2], "router accuracy"), (axes[3], "router divergence")) if len(steps) else ():
+        if not len(steps):
+            continue
+        for axis, key in ((axes[2], "router accuracy"), (axes[3], "router divergence")):
             _line(axis, steps[0], study.curve(arm, key + name), colour, label)
     titles = ("target accuracy, validation graphs", "the same by time", "router accuracy", "KL to the right candidates")
     for axis, title in zip(axes, titles, strict=True):
